@@ -1,0 +1,66 @@
+"""pyproject.toml and constraints.txt agree with each other and with the project's layout."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONSTRAINT_LINES = (REPOSITORY / "mini_llm/constraints.txt").read_text().splitlines()
+PINS = {
+    canonicalize_name(name): version
+    for name, version in (line.split("==") for line in CONSTRAINT_LINES if line[0] != "#")
+}
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def test_every_dependency_and_dev_tool_is_pinned_to_a_version_it_allows(
+    pyproject: dict[str, Any],
+) -> None:
+    project = pyproject["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, lines):
+        name = canonicalize_name(requirement.name)
+        assert name in PINS, f"{name} is missing in constraints.txt"
+        assert requirement.specifier.contains(PINS[name]), requirement
+
+
+def test_constraints_pin_torch_without_naming_a_build() -> None:
+    assert PINS["torch"] == "2.13.0"
+
+
+def test_constraints_are_one_plain_pin_a_line_in_order() -> None:
+    pins = [line for line in CONSTRAINT_LINES if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in pins)
+    assert len(PINS) == len(pins), "a package is pinned twice"
+    assert pins == sorted(pins, key=lambda line: line.split("==")[0].lower())
+
+
+def test_the_code_is_declared_to_run_on_the_oldest_supported_versions(
+    pyproject: dict[str, Any],
+) -> None:
+    project = pyproject["project"]
+    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    assert project["requires-python"] == ">=3.11"
+    assert str(declared["torch"]) == ">=2.11"
+    assert str(declared["transformers"]) == ">=5.17"
+    assert str(declared["deepspeed"]) == "==0.19.8"
+
+
+def test_the_package_holds_mini_llm_alone_and_its_constraints(pyproject: dict[str, Any]) -> None:
+    setuptools = pyproject["tool"]["setuptools"]
+    assert setuptools["packages"]["find"] == {"include": ["mini_llm*"]}
+    assert setuptools["package-data"] == {"mini_llm": ["constraints.txt"]}
+
+
+def test_no_package_index_is_written_into_a_set_up_file() -> None:
+    for name in ("launch.sh", "pyproject.toml", "mini_llm/constraints.txt", ".ci/run"):
+        assert "://" not in (REPOSITORY / name).read_text(), name
