@@ -1,0 +1,80 @@
+"""Packed rows → the tensors a model trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from .stream import Row
+
+IGNORE_INDEX = -100
+
+
+class Batch(TypedDict):
+    """B rows of T tokens: what `collate` returns."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    num_target_tokens: int
+
+
+def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Batch:
+    """Turn packed rows into a batch.
+
+    - `input_ids` [B, T] int64.
+    - `position_ids` [B, T] int64: 0, 1, 2, … from the start of each document; 0 on padding.
+    - `labels` [B, T] int64, Hugging Face convention (labels[t] is input_ids[t], the model shifts):
+      -100 on the first token of each document, which no token before it may predict, and on
+      padding.
+    - `cu_seq_lens` [segments + 1] int32, always on the host: segment boundaries in the flattened
+      [B·T] tokens, from 0 to B·T. A segment is a document, or the padding at the end of a row.
+    - `num_target_tokens`: labels that are not -100.
+
+    Raises ValueError when there are no rows or a row's documents are longer than the row.
+    """
+    import torch
+
+    if not rows:
+        raise ValueError("collate needs at least one row")
+    input_ids = np.stack([row["input_ids"] for row in rows]).astype(np.int64)
+    num_rows, seq_len = input_ids.shape
+    documents_per_row = np.array([len(row["doc_lens"]) for row in rows])
+    lengths = np.concatenate([row["doc_lens"] for row in rows]).astype(np.int64)
+    row_of_document = np.repeat(np.arange(num_rows), documents_per_row)
+    row_lengths = np.bincount(row_of_document, weights=lengths, minlength=num_rows).astype(np.int64)
+    if (row_lengths > seq_len).any() or (lengths < 1).any():
+        raise ValueError(f"doc_lens must be at least 1 and sum to at most the row's {seq_len}")
+
+    # Where each document starts in the flattened tokens: after the documents before it, plus the
+    # padding of the rows before its own.
+    padding = seq_len - row_lengths
+    padding_before_row = np.cumsum(padding) - padding
+    starts = np.cumsum(lengths) - lengths + padding_before_row[row_of_document]
+
+    places = np.arange(num_rows * seq_len)
+    is_real = places % seq_len < np.repeat(row_lengths, seq_len)
+    position_ids = np.zeros(num_rows * seq_len, dtype=np.int64)
+    position_ids[is_real] = places[is_real] - np.repeat(starts, lengths)
+    labels = np.where(is_real & (position_ids > 0), input_ids.reshape(-1), IGNORE_INDEX)
+
+    row_ends = np.arange(num_rows) * seq_len + row_lengths
+    boundaries = np.concatenate([starts, row_ends[padding > 0], [num_rows * seq_len]])
+    cu_seq_lens = np.unique(np.append(boundaries, 0)).astype(np.int32)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.reshape(num_rows, seq_len)).to(device, non_blocking=True)
+
+    return Batch(
+        input_ids=tensor(input_ids),
+        position_ids=tensor(position_ids),
+        labels=tensor(labels),
+        cu_seq_lens=torch.from_numpy(cu_seq_lens),
+        num_target_tokens=int((labels != IGNORE_INDEX).sum()),
+    )

@@ -1,0 +1,109 @@
+"""The collator against a slow loop over tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mini_llm.data.collate import IGNORE_INDEX, collate
+from mini_llm.data.stream import Row
+
+
+def make_row(seq_len: int, doc_lens: list[int], first_id: int = 1) -> Row:
+    used = sum(doc_lens)
+    input_ids = np.zeros(seq_len, np.uint16)
+    input_ids[:used] = first_id + np.arange(used)
+    return Row(input_ids=input_ids, doc_lens=np.array(doc_lens, np.int32), source="test")
+
+
+def slow_reference(rows: list[Row]) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Return positions, labels and segment boundaries, token by token."""
+    positions, labels, boundaries = [], [], [0]
+    for number, row in enumerate(rows):
+        seq_len = len(row["input_ids"])
+        row_positions, row_labels = [0] * seq_len, [IGNORE_INDEX] * seq_len
+        place = 0
+        for length in row["doc_lens"].tolist():
+            for offset in range(length):
+                row_positions[place] = offset
+                if offset > 0:
+                    row_labels[place] = int(row["input_ids"][place])
+                place += 1
+            boundaries.append(number * seq_len + place)
+        if place < seq_len:
+            boundaries.append((number + 1) * seq_len)
+        positions.append(row_positions)
+        labels.append(row_labels)
+    return positions, labels, boundaries
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), seq_len=st.integers(1, 20), num_rows=st.integers(1, 5))
+def test_collate_equals_the_slow_loop(data: st.DataObject, seq_len: int, num_rows: int) -> None:
+    rows = []
+    for index in range(num_rows):
+        doc_lens: list[int] = []
+        left = seq_len
+        while left and data.draw(st.booleans() if doc_lens else st.just(True)):
+            doc_lens.append(data.draw(st.integers(1, left)))
+            left -= doc_lens[-1]
+        rows.append(make_row(seq_len, doc_lens, first_id=1 + index * seq_len))
+    batch = collate(rows)
+    positions, labels, boundaries = slow_reference(rows)
+    assert batch["input_ids"].tolist() == [row["input_ids"].tolist() for row in rows]
+    assert batch["position_ids"].tolist() == positions
+    assert batch["labels"].tolist() == labels
+    assert batch["cu_seq_lens"].tolist() == boundaries
+    assert batch["num_target_tokens"] == sum(x != IGNORE_INDEX for row in labels for x in row)
+
+
+def test_dtypes_and_shapes_are_those_a_model_takes() -> None:
+    batch = collate([make_row(6, [2, 3]), make_row(6, [6])], device="cpu")
+    for key in ("input_ids", "position_ids", "labels"):
+        tensor = batch[key]
+        assert tensor.dtype == torch.int64 and tensor.shape == (2, 6)
+    assert batch["cu_seq_lens"].dtype == torch.int32
+    assert batch["cu_seq_lens"].tolist() == [0, 2, 5, 6, 12]
+
+
+def test_end_of_document_is_supervised_and_first_token_and_padding_are_not() -> None:
+    row = make_row(6, [2, 3])
+    row["input_ids"][[1, 4]] = 0  # <|endoftext|>
+    labels = collate([row])["labels"][0].tolist()
+    assert labels == [IGNORE_INDEX, 0, IGNORE_INDEX, 4, 0, IGNORE_INDEX]
+
+
+def test_row_without_documents_is_all_padding() -> None:
+    batch = collate([make_row(4, []), make_row(4, [4])])
+    assert batch["labels"][0].tolist() == [IGNORE_INDEX] * 4
+    assert batch["cu_seq_lens"].tolist() == [0, 4, 8]
+    assert batch["num_target_tokens"] == 3
+
+
+@pytest.mark.parametrize("doc_lens", [[3, 2], [0, 2], [5]])
+def test_documents_that_do_not_fit_their_row_are_refused(doc_lens: list[int]) -> None:
+    row = Row(
+        input_ids=np.zeros(4, np.uint16), doc_lens=np.array(doc_lens, np.int32), source="test"
+    )
+    with pytest.raises(ValueError, match="doc_lens"):
+        collate([row])
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        collate([])
+
+
+def test_package_gives_the_function_whichever_way_it_was_imported_before() -> None:
+    code = (
+        "import sys, mini_llm.data.collate; from mini_llm.data import collate; "
+        "assert callable(collate); assert not {'torch', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
