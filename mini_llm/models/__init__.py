@@ -1,0 +1,109 @@
+"""The architectures of mini-llm: one folder and one line in the table below for each.
+
+``models/README.md`` is the checklist for adding one. Nothing outside this package names a concrete
+architecture: recipes ask :func:`build_model` or :func:`load_model`.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# config.json's ``model_type`` -> the folder that implements it.
+ARCHITECTURES = {
+    "llama": "mini_llm.models.llama3",
+}
+
+
+def _architectures() -> list[ModuleType]:
+    return [import_module(module) for module in ARCHITECTURES.values()]
+
+
+def list_models() -> list[str]:
+    """Names of all presets, e.g. ``["mini_llama3", "mini_llama3_tiny"]``."""
+    return [name for architecture in _architectures() for name in architecture.PRESETS]
+
+
+def _architecture_of_preset(name: str) -> ModuleType:
+    for architecture in _architectures():
+        if name in architecture.PRESETS:
+            return architecture
+    raise ValueError(f"--model: no preset is named {name!r}; choose one of {list_models()}")
+
+
+def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
+    """The config of preset ``name``, fields in ``overrides`` replaced.
+
+    Raises ValueError for an unknown preset or an override that is not a field of its config.
+    """
+    architecture = _architecture_of_preset(name)
+    config_class = architecture.config_class()
+    fields = {**architecture.PRESETS[name], **overrides}
+    known = set(config_class().to_dict()) | set(fields) - set(overrides)
+    for field in overrides:
+        if field not in known:
+            raise ValueError(
+                f"--model_overrides: {field!r} is not a field of {config_class.__name__}"
+            )
+    return config_class(**fields)
+
+
+def build_model(name: str, **config_overrides: Any) -> "PreTrainedModel":
+    """A randomly initialised model of preset ``name`` (fp32, on the CPU).
+
+    The weights depend on torch's global seed alone. Raises ValueError like :func:`preset_config`.
+    """
+    config = preset_config(name, **config_overrides)
+    return _architecture_of_preset(name).model_class()(config)
+
+
+def load_model(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
+    """This project's class for a checkpoint: one of ours, a stock transformers folder or a hub id.
+
+    ``kwargs`` go to ``from_pretrained`` (``dtype``, ``attn_implementation``, …). Raises ValueError
+    when the checkpoint's ``model_type`` is none of ours.
+    """
+    from transformers import PreTrainedConfig
+
+    fields, _ = PreTrainedConfig.get_config_dict(str(path))
+    model_type = fields.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: model_type {model_type!r} is not one of {sorted(ARCHITECTURES)}, "
+            "so mini_llm has no class for it"
+        )
+    model_class = import_module(ARCHITECTURES[model_type]).model_class()
+    model: PreTrainedModel = model_class.from_pretrained(path, **kwargs)
+    return model
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether ``--model`` names a checkpoint (folder or hub id) rather than a preset."""
+    return model not in list_models() and (
+        Path(model, "config.json").is_file() or model.count("/") == 1
+    )
+
+
+def check_model_name(model: str) -> None:
+    """Refuse, before anything is built, a ``--model`` that is neither a preset nor a checkpoint."""
+    from difflib import get_close_matches
+
+    if model in list_models() or is_checkpoint(model):
+        if Path(model, "config.json").is_file():
+            model_type = json.loads(Path(model, "config.json").read_text()).get("model_type")
+            if model_type not in ARCHITECTURES:
+                raise ValueError(
+                    f"--model: {model} holds model_type {model_type!r}; mini_llm trains "
+                    f"{sorted(ARCHITECTURES)}"
+                )
+        return
+    near = get_close_matches(model, list_models(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"--model: {model!r} is neither a preset nor a folder with a config.json; {hint}"
+        f"the presets are {', '.join(list_models())}"
+    )

@@ -1,0 +1,59 @@
+"""Where the documents of a packed batch lie.
+
+A packed row is what transformers calls one: ``position_ids`` that restart at 0 and no attention
+mask. Everything that must not cross a document boundary asks this module where the boundaries are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of B packed rows of T tokens, on the host.
+
+    ``lengths`` covers the flattened B·T tokens in order: a document's, then the next one's. A
+    document never spans two rows. Padding counts as documents of one token.
+    """
+
+    lengths: tuple[int, ...]
+
+    def segments(self) -> list[tuple[int, bool]]:
+        """(length, singles) runs covering all tokens; ``singles`` marks a run of 1-token documents.
+
+        A row's padding tail is one run instead of hundreds of documents.
+        """
+        runs: list[tuple[int, bool]] = []
+        for length in self.lengths:
+            if length == 1 and runs and runs[-1][1]:
+                runs[-1] = (runs[-1][0] + 1, True)
+            else:
+                runs.append((length, length == 1))
+        return runs
+
+    def cu_seq_lens(self, device: torch.device) -> torch.Tensor:
+        """Boundaries (documents + 1,), int32, as variable-length attention kernels take them."""
+        lengths = torch.tensor((0, *self.lengths), dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32).to(device)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+
+def find_documents(position_ids: torch.Tensor, batch_size: int) -> Documents | None:
+    """The documents in ``position_ids`` (B or 1, T), or None if every row is a single one.
+
+    A document begins wherever a position is not its left neighbour's plus one. Costs one host
+    synchronisation on an accelerator.
+    """
+    position_ids = position_ids.expand(batch_size, -1)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    offsets = starts.flatten().nonzero().flatten().tolist()
+    if len(offsets) == batch_size:
+        return None
+    ends = [*offsets[1:], position_ids.numel()]
+    return Documents(tuple(end - start for start, end in zip(offsets, ends, strict=True)))

@@ -1,0 +1,87 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), half-split layout as in Llama."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+def _default_frequencies(
+    config: PreTrainedConfig, device: Any = None, **_: Any
+) -> tuple[torch.Tensor, float]:
+    """θ_i = base^(−2i/d), i = 0 … d/2−1, and the attention factor 1."""
+    head_dim = config.head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float, device=device) / head_dim
+    return config.rope_parameters["rope_theta"] ** -exponent, 1.0
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of every position's angles, for any scaling that the stock config can express.
+
+    Scaled variants (``llama3``, ``yarn``, ``dynamic``, …) take their frequencies from transformers'
+    own table, so they cannot drift from what a stock model computes.
+    """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = config.max_position_embeddings  # read by dynamic_rope_update
+        self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable[..., tuple[torch.Tensor, float]]:
+        """config -> (frequencies (d/2,), factor on cos and sin)."""
+        if self.rope_type == "default":
+            return _default_frequencies
+        return ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    # transformers re-initialises non-persistent buffers through this name after a meta-device load.
+    compute_default_rope_parameters = staticmethod(_default_frequencies)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Follow device moves, never dtype casts: bf16 frequencies move cos by 0.17 at 511."""
+        frequencies = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, fp32 in frequencies.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != fp32.dtype:
+                self._buffers[name] = fp32.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (B, T) -> cos, sin (B, T, d) in x's dtype (``x`` gives dtype and device)."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(…, d) -> (…, d): (x1, x2) -> (−x2, x1), the halves being the pairs' two coordinates."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query_BHTd: torch.Tensor, key_BKTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by their positions' angles."""
+    cos, sin = cos_BTd.unsqueeze(1), sin_BTd.unsqueeze(1)
+    return (
+        query_BHTd * cos + rotate_half(query_BHTd) * sin,
+        key_BKTd * cos + rotate_half(key_BKTd) * sin,
+    )
