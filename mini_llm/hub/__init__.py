@@ -1,0 +1,1 @@
+"""Leaving the project: stock checkpoints and model cards."""

@@ -1,0 +1,56 @@
+"""Writing a trained model as a stock transformers directory."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import GenerationConfig
+
+from .model_card import write_model_card
+
+
+def save_stock_checkpoint(
+    accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path
+) -> None:
+    """Write weights, config, generation config and tokenizer that plain transformers opens.
+
+    Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes.
+    """
+    state_dict = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    unwrapped: Any = accelerator.unwrap_model(model)
+    if unwrapped.config.tie_word_embeddings:
+        # DeepSpeed's copies no longer share memory: save_pretrained would write the weight twice.
+        for tied_key in unwrapped._tied_weights_keys:
+            state_dict.pop(tied_key, None)
+    unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=True)
+    tokenizer.save_pretrained(folder)
+
+
+def base_generation_config(tokenizer: Any) -> GenerationConfig:
+    """How a base model generates: sampling, until ``<|endoftext|>``."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def save_final(
+    accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path, card: dict[str, Any]
+) -> None:
+    """``final/``: stock checkpoint and a model card of the run's facts; complete or absent."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    save_stock_checkpoint(accelerator, model, tokenizer, aside)
+    if accelerator.is_main_process:
+        write_model_card(aside, card)
+        if folder.exists():
+            import shutil
+
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,278 @@
+"""One optimizer step under DeepSpeed ZeRO 0–3, DDP or a single process, through Accelerate.
+
+The recipe asks for an :class:`accelerate.Accelerator` here, then writes its loop with three
+functions that mean the same under every engine: :func:`accumulate`, :func:`backward`,
+:func:`optimizer_step`.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
+
+
+def build_accelerator(
+    deepspeed: str | None = None,
+    *,
+    micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0,
+    bf16: bool = False,
+    log_with: list[str] | None = None,
+    project_dir: str | Path | None = None,
+) -> Accelerator:
+    """Start the engine that the Accelerate config names, or DeepSpeed with the file ``deepspeed``.
+
+    ``deepspeed`` None or "none": no DeepSpeed unless the Accelerate config asks for it. Raises
+    RuntimeError when the engine that started is not the one that was asked for.
+    """
+    request = launch_request()
+    cpu = request.use_cpu or not torch.cuda.is_available()
+    plugin = None
+    wants_ddp = request.distributed_type in ("MULTI_GPU", "MULTI_CPU")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    elif wants_ddp or deepspeed == "none":
+        deepspeed = None
+    if deepspeed is not None:
+        join_as_single_process()
+        if cpu:
+            _spare_cpu_the_extension_build()
+        arguments: dict[str, Any] = {
+            "micro_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "max_grad_norm": max_grad_norm,
+            "bf16": bf16,
+        }
+        if deepspeed == "none":  # an Accelerate config with its DeepSpeed fields inline
+            plugin = DeepSpeedPlugin()
+            plugin.deepspeed_config = fill_deepspeed_config(plugin.deepspeed_config, **arguments)
+        else:
+            config = json.loads(Path(deepspeed).read_text())
+            plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, **arguments))
+    kwargs_handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    accelerator = Accelerator(
+        # With a DeepSpeed plugin, cpu=True would make Accelerate start DDP instead.
+        cpu=cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=kwargs_handlers if world_size() > 1 or plugin is not None else [],
+        log_with=log_with or None,
+        project_dir=project_dir,
+    )
+    _check_started_as_asked(accelerator, request, plugin)
+    return accelerator
+
+
+def _spare_cpu_the_extension_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory communication op.
+
+    Launched by torchrun, DeepSpeed never uses that op, yet builds it at start: 20 s, a failure
+    where there is no compiler, and a hang where an earlier build was killed.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def fill_deepspeed_config(
+    config: dict[str, Any],
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float,
+    bf16: bool,
+) -> dict[str, Any]:
+    """``config`` with every "auto" replaced by the run's own value.
+
+    Raises ValueError for an "auto" in a key that no argument of the run determines, and for a
+    number that contradicts the run's.
+    """
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    # ZeRO-0 in fp32 is DeepSpeed's plain path: it clips by the mean of the ranks' norms and reports
+    # none, so optimizer_step() clips there and DeepSpeed must not clip again.
+    ours_to_clip = stage == 0 and not bf16
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size(),
+        "gradient_clipping": 0.0 if ours_to_clip else max_grad_norm,
+        "bf16.enabled": bf16,
+    }
+    filled: dict[str, Any] = json.loads(json.dumps(config))
+    for dotted, value in values.items():
+        *sections, key = dotted.split(".")
+        node = filled
+        for section in sections:
+            node = node.setdefault(section, {})
+        if node.get(key, "auto") != "auto" and not ours_to_clip and node[key] != value:
+            raise ValueError(
+                f"the DeepSpeed config sets {dotted} to {node[key]!r} but the run's arguments give "
+                f'{value!r}; write "auto" there'
+            )
+        node[key] = value
+    _refuse_auto(filled)
+    return filled
+
+
+def _refuse_auto(node: dict[str, Any], path: str = "") -> None:
+    for key, value in node.items():
+        dotted = f"{path}{key}"
+        if isinstance(value, dict):
+            _refuse_auto(value, f"{dotted}.")
+        elif value == "auto":
+            raise ValueError(f'the DeepSpeed config leaves {dotted} to "auto"; write a value')
+
+
+def _check_started_as_asked(
+    accelerator: Accelerator, request: LaunchRequest, plugin: DeepSpeedPlugin | None
+) -> None:
+    """No silent single process, no unsynchronised ranks."""
+    started = accelerator.num_processes
+    expected = request.num_processes or world_size()
+    if started != expected or started != world_size():
+        raise RuntimeError(
+            f"{expected} processes were asked for but the job has {started}: accelerate has no "
+            "launcher for this machine; add --config_file accelerate_configs/zero1.yaml"
+        )
+    if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"DeepSpeed was asked for but Accelerate started {accelerator.distributed_type}"
+        )
+    if started > 1 and not (dist.is_initialized() and dist.get_world_size() == started):
+        raise RuntimeError(f"{started} processes started without a process group: unsynchronised")
+
+
+def is_deepspeed(model: nn.Module) -> bool:
+    """Whether ``model`` is a DeepSpeed engine."""
+    return hasattr(model, "set_gradient_accumulation_boundary")
+
+
+def zero_stage(accelerator: Accelerator, model: nn.Module) -> int | None:
+    """The ZeRO stage at which the engine really runs; None without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return int(model.zero_optimization_stage())  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around one micro-batch's forward and backward; ``last`` of the step reduces the gradients."""
+    if is_deepspeed(model):
+        model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+    elif not last and isinstance(model, nn.parallel.DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    yield
+
+
+def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor) -> None:
+    """Accumulate the gradient of Σ over ranks and micro-batches of ``loss``.
+
+    ``loss`` is this micro-batch's share: its summed token losses ÷ the supervised tokens of the
+    whole optimizer step. Every engine *averages* gradients over ranks, hence the factor.
+    """
+    loss = loss * accelerator.num_processes
+    if is_deepspeed(model):
+        model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+    else:
+        loss.backward()
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float
+) -> torch.Tensor | float:
+    """Clip to the global norm ``max_grad_norm`` (0: do not), update, clear; return the norm before.
+
+    The norm is over all parameters and ranks, of the step's whole gradient.
+    """
+    limit = max_grad_norm if max_grad_norm > 0 else math.inf
+    if not is_deepspeed(model):
+        norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+    if hasattr(model.optimizer, "_global_grad_norm"):
+        model.step()  # type: ignore[operator]
+        return model.get_global_grad_norm()  # type: ignore[operator]
+    norm = nn.utils.clip_grad_norm_(model.module.parameters(), limit)  # type: ignore[union-attr]
+    model.step()  # type: ignore[operator]
+    return norm
+
+
+def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
+    """Bytes that this rank holds now, counted storage by storage: parameters, optimizer state.
+
+    Optimizer state includes fp32 master weights. Gradients exist between backward and step; see
+    :func:`gradient_bytes`, which the recipe calls there.
+    """
+    parameters = _Tally()
+    for parameter in model.parameters():
+        parameters.add(parameter)
+        parameters.add(getattr(parameter, "ds_tensor", None))  # ZeRO-3: this rank's slice
+    state = _Tally(seen=parameters.seen)
+    inner = _torch_optimizer(optimizer)
+    for group in inner.param_groups:
+        for master in group["params"]:
+            state.add(master)
+    zero = getattr(optimizer, "optimizer", optimizer)
+    for master in getattr(zero, "fp32_partitioned_groups_flat", []):  # ZeRO-3 keeps them aside
+        state.add(master)
+    for values in inner.state.values():
+        for value in values.values():
+            state.add(value)
+    return {"parameters": parameters.bytes, "optimizer_state": state.bytes}
+
+
+def gradient_bytes(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of gradients that this rank holds after a backward pass and before the step."""
+    gradients = _Tally()
+    for parameter in model.parameters():
+        gradients.add(parameter.grad)
+        gradients.add(getattr(parameter, "grad_accum", None))
+    zero = getattr(optimizer, "optimizer", optimizer)
+    for partition in getattr(zero, "averaged_gradients", {}).values():
+        for gradient in [partition] if torch.is_tensor(partition) else partition or []:
+            gradients.add(gradient)
+    for group in _torch_optimizer(optimizer).param_groups:
+        for master in group["params"]:
+            gradients.add(master.grad)
+    return gradients.bytes
+
+
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's and DeepSpeed's wrappers."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class _Tally:
+    """Counts the bytes of tensors' storages, each once: a view of a flat buffer is that buffer."""
+
+    def __init__(self, seen: set[int] | None = None) -> None:
+        self.bytes = 0
+        self.seen = set(seen or ())
+
+    def add(self, tensor: Any) -> None:
+        if not torch.is_tensor(tensor) or tensor.numel() == 0:
+            return
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()

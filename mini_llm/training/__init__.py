@@ -1,0 +1,1 @@
+"""What both recipes share: arguments, optimizer, checkpoints, evaluation, metrics, plots."""

@@ -1,0 +1,290 @@
+"""Run arguments: one dataclass, read from a YAML and overridden on the command line.
+
+Imports nothing heavy, so that ``--help`` and a mistyped flag answer at once.
+"""
+
+# ruff: noqa: RUF009 - _arg() makes a dataclass field, as dataclasses.field() does
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECONDS_FOR_RANK_0 = 5
+DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
+
+
+def _arg(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A documented argument; mutable defaults are copied for every instance."""
+    metadata = {"help": help}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PretrainArguments:
+    """Everything that determines a pretraining run. Units are in the help texts."""
+
+    output_dir: str = _arg("the run's folder: checkpoints, metrics, plots, final model")
+    # Model
+    model: str = _arg("a preset name, or a folder / hub id of a checkpoint to start from")
+    tokenizer: str = _arg(
+        "folder or hub id of the tokenizer; gives vocabulary size and special ids"
+    )
+    model_overrides: dict[str, Any] = _arg(
+        "config fields to change in the preset (JSON mapping)", {}
+    )
+    attn_implementation: str = _arg("attention: sdpa | eager | flash_attention_2 …", "sdpa")
+    # Data
+    data: dict[str, Any] = _arg(
+        "sources: name -> {path: prepared folder, weight: share of rows} (JSON mapping)", {}
+    )
+    quickstart_data: bool = _arg(
+        "first build the quickstart corpus, tokenizer and packed rows if they are missing", False
+    )
+    seq_len: int = _arg("tokens per packed row; must be what the data was packed to", 2048)
+    seed: int = _arg("decides initial weights and the order of the data", 42)
+    # Batch and length
+    max_steps: int = _arg("optimizer steps of the whole run; the schedule ends there", 1000)
+    global_batch_tokens: int = _arg(
+        "tokens per optimizer step over all ranks; gradient accumulation is derived from it",
+        524_288,
+    )
+    per_device_train_batch_size: int = _arg("packed rows per rank and forward pass", 8)
+    per_device_eval_batch_size: int = _arg("packed rows per rank and evaluation pass", 8)
+    # Optimizer (AdamW) and schedule (linear warmup, cosine decay)
+    learning_rate: float = _arg("peak learning rate; never multiplied by the number of ranks", 3e-4)
+    min_lr_ratio: float = _arg("learning rate at the end, as a share of the peak", 0.1)
+    warmup_steps: int | None = _arg("steps of linear warmup (default: 5% of max_steps)", None)
+    weight_decay: float = _arg("decoupled weight decay, on matrices only", 0.1)
+    adam_beta1: float = _arg("AdamW β1", 0.9)
+    adam_beta2: float = _arg("AdamW β2", 0.95)
+    adam_epsilon: float = _arg("AdamW ε", 1e-8)
+    max_grad_norm: float = _arg("gradients are clipped to this global norm (0: not)", 1.0)
+    # Precision and engine
+    bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
+    gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
+    deepspeed: str = _arg(
+        "DeepSpeed JSON used when the Accelerate config names no engine, or none", DEFAULT_DEEPSPEED
+    )
+    # Watching
+    logging_steps: int = _arg("steps between two logged steps (the first is always logged)", 10)
+    eval_steps: int = _arg("steps between evaluations on the held-out rows (0: never)", 500)
+    max_eval_rows: int = _arg("held-out rows per source and evaluation (0: all)", 256)
+    report_to: str = _arg("trackers, comma-separated: tensorboard, wandb; or none", "tensorboard")
+    run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
+    sample_prompts: list[str] = _arg("prompts to complete when training ends (JSON list)", [])
+    sample_max_new_tokens: int = _arg("tokens generated for each sample prompt", 64)
+    # Checkpoints
+    save_steps: int = _arg("steps between checkpoints (0: only when the run ends or stops)", 500)
+    save_total_limit: int = _arg("newest checkpoints to keep", 2)
+    resume_from_checkpoint: str = _arg("auto (the newest complete one) | never | a folder", "auto")
+    stop_at_step: int | None = _arg("save and leave at this step, as if interrupted there", None)
+    # Looking without running
+    dry_run: bool = _arg("print the resolved config, sizes and two decoded rows, then exit", False)
+
+    @property
+    def trackers(self) -> list[str]:
+        """``report_to`` as a list."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in names if name and name != "none"]
+
+    @property
+    def warmup(self) -> int:
+        """Warmup in steps, the default resolved."""
+        return self.warmup_steps if self.warmup_steps is not None else round(0.05 * self.max_steps)
+
+    def rows_per_step(self) -> int:
+        """Packed rows of one optimizer step over all ranks."""
+        return self.global_batch_tokens // self.seq_len
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.rows_per_step() // (world_size * self.per_device_train_batch_size)
+
+
+Arguments = TypeVar("Arguments", bound=PretrainArguments)
+
+
+def parse_arguments(
+    cls: type[Arguments], default_config: str, command_line: list[str] | None = None
+) -> Arguments:
+    """Read ``--config`` (else ``default_config``), then the command line over it.
+
+    Mistakes end the process with status 2 and one sentence; only rank 0 prints it.
+    """
+    types = get_type_hints(cls)
+    parser = _Parser(
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(cls.__doc__ or "").strip(),
+        epilog="Every flag is also a key of the YAML; the command line wins.",
+    )
+    parser.add_argument(
+        "--config", default=default_config, metavar="FILE", help="YAML with the run's arguments"
+    )
+    for item in dataclasses.fields(cls):
+        kind = _plain_type(types[item.name])
+        parser.add_argument(
+            f"--{item.name}",
+            default=argparse.SUPPRESS,
+            metavar={dict: "JSON", list: "JSON", bool: "true|false"}.get(
+                kind, kind.__name__.upper()
+            ),
+            nargs="?" if kind is bool else None,
+            const="true" if kind is bool else None,
+            help=f"{item.metadata['help']} {_default_text(item)}".replace("%", "%%"),
+        )
+    words = sys.argv[1:] if command_line is None else command_line
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(_unknown_name("flag", unknown[0].split("=")[0], cls, prefix="--"))
+    flags = vars(namespace)
+    config_path = _existing(flags.pop("config"), "--config", parser)
+    loaded = yaml.safe_load(config_path.read_text()) or {}
+    if not isinstance(loaded, dict):
+        parser.error(f"--config: {config_path} is not a mapping of argument names to values")
+    for name in loaded:
+        if name not in types:
+            parser.error(f"{config_path}: {_unknown_name('key', str(name), cls)}")
+    values: dict[str, Any] = {}
+    for name, value in loaded.items():
+        values[name] = _convert(value, types[name], f"{config_path}: {name}", parser)
+    for name, value in flags.items():
+        values[name] = _convert(value, types[name], f"--{name}", parser)
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING is item.default_factory
+        if required and item.name not in values:
+            parser.error(f"--{item.name} is missing: {item.metadata['help']}")
+    if values.get("deepspeed", DEFAULT_DEEPSPEED) != "none":
+        found = _existing(values.get("deepspeed", DEFAULT_DEEPSPEED), "--deepspeed", parser)
+        values["deepspeed"] = str(found)
+    return cls(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the usage dump: the sentence alone, from rank 0 alone."""
+
+    def error(self, message: str) -> NoReturn:
+        stop(message)
+
+
+def stop(message: str) -> NoReturn:
+    """End this process with status 2 and one sentence on stderr.
+
+    The launcher kills all ranks as soon as one leaves, so the others let rank 0 speak and leave
+    first; a mistake that only they have, on another node say, is still printed, a little later.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _existing(path: str, flag: str, parser: _Parser) -> Path:
+    """``path`` as given or, for the files that come with the project, under the repository."""
+    for candidate in (Path(path), REPOSITORY / path):
+        if candidate.is_file():
+            return candidate
+    parser.error(f"{flag}: there is no file {path}")
+
+
+def _plain_type(annotation: Any) -> type:
+    """``int | None`` -> int, ``dict[str, Any]`` -> dict."""
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    if type(None) in get_args(annotation):
+        annotation = options[0]
+    return getattr(annotation, "__origin__", annotation)
+
+
+def _default_text(item: dataclasses.Field[Any]) -> str:
+    if item.default is not dataclasses.MISSING:
+        return "" if item.default is None else f"[{item.default}]"
+    return "[required]" if item.default_factory is dataclasses.MISSING else ""
+
+
+def _convert(value: Any, annotation: Any, name: str, parser: _Parser) -> Any:
+    """``value`` from YAML or the command line as the argument's type."""
+    kind = _plain_type(annotation)
+    if value is None or (value == "none" and kind is int):
+        if type(None) in get_args(annotation):
+            return None
+        parser.error(f"{name} is empty; it takes a {kind.__name__}")
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind in (dict, list):
+            value = json.loads(value) if isinstance(value, str) else value
+            if not isinstance(value, kind):
+                raise ValueError
+            return value
+        if kind is int:
+            if float(value) != int(float(value)) or isinstance(value, bool):
+                raise ValueError
+            return int(float(value))  # 1e6 is a fine way to write a million
+        if kind is float:
+            return float(value)
+        if isinstance(value, (dict, list)):
+            raise ValueError
+        return str(value)
+    except (KeyError, ValueError, TypeError):
+        expected = {
+            bool: "true or false",
+            dict: 'a mapping, e.g. {"key": 1}',
+            list: 'a list, e.g. ["a", "b"]',
+            int: "a whole number",
+            float: "a number",
+            str: "a text",
+        }[kind]
+        parser.error(f"{name}: {value!r} is not {expected}")
+
+
+def _unknown_name(what: str, name: str, cls: type, prefix: str = "") -> str:
+    known = [prefix + item.name for item in dataclasses.fields(cls)] + [prefix + "config"]
+    near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"unknown {what} {name}; the nearest is {near} (see --help)"
+
+
+def check_arguments(args: PretrainArguments, world_size: int) -> None:
+    """Refuse values that cannot train, before anything is built. Raises ValueError."""
+    for name in ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    if args.save_total_limit < 1:
+        raise ValueError("--save_total_limit must be at least 1: a resume needs one checkpoint")
+    if not 0 < args.learning_rate < 1:
+        raise ValueError(f"--learning_rate is {args.learning_rate}; it must be in (0, 1)")
+    if not 0 <= args.min_lr_ratio <= 1:
+        raise ValueError(f"--min_lr_ratio is {args.min_lr_ratio}; it must be in [0, 1]")
+    if not 0 <= args.warmup <= args.max_steps:
+        raise ValueError(f"--warmup_steps is {args.warmup}; it must be in [0, --max_steps]")
+    unknown = set(args.trackers) - {"tensorboard", "wandb"}
+    if unknown:
+        raise ValueError(f"--report_to: {sorted(unknown)[0]!r} is not tensorboard, wandb or none")
+    micro = args.per_device_train_batch_size * world_size * args.seq_len
+    if args.global_batch_tokens < micro or args.global_batch_tokens % micro:
+        below = max(args.global_batch_tokens // micro, 1) * micro
+        raise ValueError(
+            f"--global_batch_tokens {args.global_batch_tokens} cannot be divided over {world_size} "
+            f"rank(s) × --per_device_train_batch_size {args.per_device_train_batch_size} × "
+            f"--seq_len {args.seq_len} = {micro} tokens per pass; use a multiple of {micro} such "
+            f"as {below}" + (f" or {below + micro}" if args.global_batch_tokens > micro else "")
+        )
+    if not args.data:
+        raise ValueError('--data is empty; give it as {"name": {"path": "folder", "weight": 1}}')

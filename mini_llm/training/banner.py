@@ -1,0 +1,63 @@
+"""What a recipe says before it starts, and instead of starting under ``--dry_run``."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from mini_llm.parallel.engine import zero_stage
+
+from .arguments import PretrainArguments
+from .run_folder import versions
+from .sizes import dry_run_report
+
+
+def print_banner(
+    args: PretrainArguments, accelerator: Accelerator, model: Any, parameters: int, start_step: int
+) -> None:
+    """One block on rank 0: model, engine, batch, data, kernels, versions."""
+    if not accelerator.is_main_process:
+        return
+    stage = zero_stage(accelerator, model)
+    engine = accelerator.distributed_type.value + ("" if stage is None else f" ZeRO-{stage}")
+    accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
+    begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
+    lines = {
+        "model": f"{args.model}, {parameters:,} parameters",
+        "engine": f"{engine}, {accelerator.num_processes} rank(s) on {accelerator.device.type}, "
+        f"{'bf16' if args.bf16 else 'fp32'}",
+        "batch": f"{args.global_batch_tokens:,} tokens = {accelerator.num_processes} rank(s) × "
+        f"{accumulation} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
+        f"{args.seq_len} tokens",
+        "data": ", ".join(f"{name} (weight {s.get('weight', 1)})" for name, s in args.data.items()),
+        "kernels": f"attention {args.attn_implementation}, loss chunked linear cross-entropy",
+        "run": f"{args.output_dir}, {begin}, to step {args.max_steps}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+    for name, text in lines.items():
+        print(f"{name:>9}  {text}", flush=True)
+
+
+def print_dry_run(
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    config: Any,
+    parameters: int,
+    tokenizer: Any,
+    rows: list[Any],
+) -> None:
+    """The resolved config, the sizes and two decoded rows, on rank 0."""
+    if not accelerator.is_main_process:
+        return
+    print(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False, allow_unicode=True))
+    world_size = accelerator.num_processes
+    micro_batches = args.gradient_accumulation_steps(world_size)
+    print(
+        dry_run_report(args, config, parameters, world_size=world_size, micro_batches=micro_batches)
+    )
+    for number, row in enumerate(rows, start=1):
+        documents = row["doc_lens"].tolist()
+        text = tokenizer.decode(row["input_ids"][: sum(documents)])
+        print(f"\nrow {number} of {row['source']}: documents of {documents} tokens")
+        print(text, flush=True)

@@ -1,0 +1,201 @@
+"""metrics.jsonl, the trackers and the lines on the terminal: one place that knows all three."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .arguments import PretrainArguments
+
+# Dense bf16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of ``device``, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
+
+
+class MetricsLog:
+    """Writes one JSON object per logged step, hands it to the trackers, and shows it.
+
+    Only rank 0 writes and shows. A resumed run cuts what lies after its checkpoint.
+    """
+
+    def __init__(
+        self, output_dir: Path, accelerator: Accelerator, *, start_step: int, max_steps: int
+    ) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self.accelerator = accelerator
+        self.max_steps = max_steps
+        self.progress: Any = None
+        if not accelerator.is_main_process:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._cut_after(start_step)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.progress = tqdm(
+                total=max_steps, initial=start_step, unit="step", dynamic_ncols=True
+            )
+
+    def _cut_after(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        # A line that a killed run left half written has no newline; it lies after the checkpoint.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept))
+
+    def advance(self) -> None:
+        """One optimizer step is done (moves the progress bar)."""
+        if self.progress is not None:
+            self.progress.update()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record ``metrics`` (already reduced over ranks) of optimizer step ``step`` (from 1)."""
+        self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  {summary(metrics)}")
+
+    def say(self, text: str) -> None:
+        """A line on rank 0's terminal, above the progress bar if there is one."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.progress is not None:
+            self.progress.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the progress bar."""
+        if self.progress is not None:
+            self.progress.close()
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The few numbers worth a line of terminal."""
+    parts = []
+    if "train/loss" in metrics:
+        parts += [
+            f"loss {metrics['train/loss']:.4f}",
+            f"grad norm {metrics['train/grad_norm']:.3f}",
+            f"lr {metrics['train/lr']:.2e}",
+            f"{metrics['perf/tokens_per_second']:,.0f} tok/s",
+        ]
+    for key, value in metrics.items():
+        if key.startswith("eval/") and key.endswith("/loss"):
+            source = key.split("/")[1]
+            bits = metrics[f"eval/{source}/bits_per_byte"]
+            parts.append(f"held-out {source} {value:.4f} ({bits:.3f} bits/byte)")
+    return "  ".join(parts)
+
+
+class TokenCounter:
+    """Trained tokens per source, padding not counted, over all ranks and since step 0."""
+
+    def __init__(self, accelerator: Accelerator, sources: list[str]) -> None:
+        self.accelerator = accelerator
+        self.global_counts = dict.fromkeys(sources, 0)
+        self.local_counts = dict.fromkeys(sources, 0)
+
+    def add(self, rows: list[Any]) -> None:
+        """Count this rank's rows."""
+        for row in rows:
+            self.local_counts[row["source"]] += int(row["doc_lens"].sum())
+
+    def _reduce(self) -> None:
+        counts = torch.tensor(list(self.local_counts.values()), device=self.accelerator.device)
+        counts = self.accelerator.reduce(counts, "sum")
+        for source, count in zip(self.global_counts, counts.tolist(), strict=True):
+            self.global_counts[source] += count
+            self.local_counts[source] = 0
+
+    def read(self) -> dict[str, float | None]:
+        """``train/tokens`` and ``data/<source>/tokens`` so far; a collective."""
+        self._reduce()
+        per_source = {f"data/{name}/tokens": count for name, count in self.global_counts.items()}
+        return {"train/tokens": self.total(), **per_source}
+
+    def total(self) -> int:
+        """All tokens up to the last :meth:`read` or :meth:`state_dict`."""
+        return sum(self.global_counts.values())
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts to save in a checkpoint; a collective."""
+        self._reduce()
+        return dict(self.global_counts)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint's counts."""
+        self.global_counts = {name: int(state.get(name, 0)) for name in self.global_counts}
+
+
+def start_trackers(accelerator: Accelerator, args: PretrainArguments) -> None:
+    """Start TensorBoard and W&B as ``--report_to`` says; both write below ``output_dir/logs``."""
+    if not args.trackers:
+        return
+    logs = Path(args.output_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    settings = {
+        key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        for key, value in dataclasses.asdict(args).items()
+    }
+    wandb_options = {"name": args.run_name or Path(args.output_dir).name, "dir": str(logs)}
+    accelerator.init_trackers("mini-llm", config=settings, init_kwargs={"wandb": wandb_options})
+
+
+class Throughput:
+    """Tokens per second and model FLOP/s utilisation between two logged steps."""
+
+    def __init__(self, flops_per_token: float, device: torch.device, num_processes: int) -> None:
+        self.flops_per_token = flops_per_token
+        peak = peak_flops(device)
+        self.peak = None if peak is None else peak * num_processes
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now, e.g. after an evaluation that is not training time."""
+        self.tokens = 0
+        self.begin = self._now()
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens (over all ranks, padding included) of one optimizer step."""
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float | None]:
+        """Metrics of the interval; starts the next one."""
+        seconds = self._now() - self.begin
+        rate = self.tokens / max(seconds, 1e-9)
+        self.restart()
+        return {
+            "perf/tokens_per_second": rate,
+            "perf/mfu": None if self.peak is None else rate * self.flops_per_token / self.peak,
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,111 @@
+"""The run folder: which run it belongs to, and the facts of the engine that trained it."""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mini_llm.parallel.engine import zero_stage
+
+from .arguments import PretrainArguments
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
+
+
+def run_identity(
+    args: PretrainArguments, tokenizer_fingerprint: str, data_fingerprint: str
+) -> dict[str, Any]:
+    """What makes two runs the same run: model, data, tokenizer and seed."""
+    return {
+        "model": args.model,
+        "model_overrides": args.model_overrides,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "data": {name: source.get("weight", 1) for name, source in args.data.items()},
+        "data_fingerprint": data_fingerprint,
+        "seq_len": args.seq_len,
+        "seed": args.seed,
+    }
+
+
+def check_run_folder(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder that holds another run. Raises ValueError naming the keys that differ."""
+    path = output_dir / "run.json"
+    if not path.is_file():
+        return
+    theirs = json.loads(path.read_text()).get("identity", {})
+    differing = [key for key in identity if theirs.get(key) != identity[key]]
+    if differing:
+        details = ", ".join(
+            f"{key}: {theirs.get(key)} there, {identity[key]} here" for key in differing
+        )
+        raise ValueError(
+            f"--output_dir {output_dir} holds another run ({details}); choose another --output_dir"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(aside, path)
+
+
+def write_config(output_dir: Path, args: PretrainArguments) -> None:
+    """config.yaml: every argument as resolved; ``--config`` accepts it again."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False, allow_unicode=True)
+    (output_dir / "config.yaml").write_text(text)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_run_facts(
+    output_dir: Path,
+    args: PretrainArguments,
+    accelerator: Any,
+    model: Any,
+    identity: dict[str, Any],
+    held: dict[str, int],
+) -> None:
+    """run.json: what really ran. ``held`` is this rank's measured bytes; every rank calls this."""
+    from accelerate.utils import gather_object
+
+    per_rank = gather_object([held])
+    if not accelerator.is_main_process:
+        return
+    unwrapped = accelerator.unwrap_model(model)
+    facts = {
+        "world_size": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "zero_stage": zero_stage(accelerator, model),
+        "expert_parallel_size": 1,
+        "backend": accelerator.state.backend,
+        "device": str(accelerator.device),
+        "wrapper": type(model).__name__,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps(accelerator.num_processes),
+        "bytes_per_rank": {kind: [rank[kind] for rank in per_rank] for kind in sorted(held)},
+        "versions": versions(),
+        "kernels": {
+            "attention": unwrapped.config._attn_implementation,
+            "optimizer": "AdamW (fused)" if accelerator.device.type == "cuda" else "AdamW",
+            "loss": "chunked linear cross-entropy",
+        },
+        "data_fingerprint": identity["data_fingerprint"],
+        "identity": identity,
+    }
+    write_json(output_dir / "run.json", facts)

@@ -1,0 +1,277 @@
+"""Pretrain a model on packed rows, under any engine that Accelerate can launch.
+
+    accelerate launch recipes/pretrain.py                       # the quickstart, as it stands
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
+        recipes/pretrain.py --config recipes/configs/mini_llama3/pretrain.yaml --max_steps 100
+
+Reads top to bottom: check → engine → model → resume → loop → finish. What the steps call lives in
+``mini_llm/``: ``training/`` (arguments, schedule, checkpoints, metrics), ``parallel/`` (the
+engine), ``data/`` (the stream of rows), ``models/``.
+"""
+
+# ruff: noqa: E402
+from mini_llm.training.arguments import PretrainArguments, check_arguments, parse_arguments, stop
+
+if __name__ == "__main__":  # --help and mistyped flags answer before the slow imports below
+    ARGS = parse_arguments(PretrainArguments, "recipes/configs/quickstart/pretrain.yaml")
+
+from mini_llm.parallel.environment import prepare_environment, rank, world_size
+
+prepare_environment()  # DeepSpeed and transformers read it when they are imported
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from mini_llm.data import (
+    check_manifest,
+    collate,
+    load_manifest,
+    load_tokenizer,
+    open_stream,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+)
+from mini_llm.data.quickstart import build_quickstart_data
+from mini_llm.hub.export import base_generation_config, save_final
+from mini_llm.hub.model_card import card_facts
+from mini_llm.models import build_model, check_model_name, is_checkpoint, load_model
+from mini_llm.parallel import engine
+from mini_llm.training.banner import print_banner, print_dry_run
+from mini_llm.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from mini_llm.training.evaluation import evaluate, load_held_out
+from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
+from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from mini_llm.training.plots import plot_loss
+from mini_llm.training.run_folder import (
+    check_run_folder,
+    run_identity,
+    write_config,
+    write_run_facts,
+)
+from mini_llm.training.samples import print_samples
+from mini_llm.training.sizes import count_parameters, training_flops_per_token
+
+
+def main(args: PretrainArguments) -> None:
+    output_dir = Path(args.output_dir)
+
+    # ---- Check: whatever can be wrong is found before anything is built --------------------------
+    try:
+        check_arguments(args, world_size())
+        check_model_name(args.model)
+        if args.quickstart_data:
+            build_quickstart_data(Path(args.tokenizer).parent)
+        tokenizer = load_tokenizer(args.tokenizer)
+        fingerprint = tokenizer_fingerprint(args.tokenizer)
+        for name, source in args.data.items():
+            check_manifest(
+                load_manifest(source["path"]),
+                name=name,
+                tokenizer_fingerprint=fingerprint,
+                seq_len=args.seq_len,
+            )
+        stream = open_stream(
+            args.data,
+            seq_len=args.seq_len,
+            seed=args.seed,
+            rows_per_step=args.rows_per_step(),
+            rank=rank(),
+            world_size=world_size(),
+        )
+        identity = run_identity(args, fingerprint, stream.fingerprint)
+        check_run_folder(output_dir, identity)
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        stop(str(error))
+
+    start_step = read_state(checkpoint)["step"] if checkpoint else 0
+    last_step = min(args.max_steps, args.stop_at_step or args.max_steps)
+    finished = (output_dir / "final").exists() or last_step < args.max_steps
+    if start_step >= last_step and finished and not args.dry_run:
+        if rank() == 0:
+            print(f"{output_dir} is already at step {start_step}; nothing to do", flush=True)
+        return
+
+    # ---- Engine: DeepSpeed ZeRO 0–3, DDP or one process, as the Accelerate config says -----------
+    accumulation = args.gradient_accumulation_steps(world_size())
+    try:
+        accelerator = engine.build_accelerator(
+            args.deepspeed,
+            micro_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=args.max_grad_norm,
+            bf16=args.bf16,
+            log_with=args.trackers,
+            project_dir=output_dir,
+        )
+    except (RuntimeError, ValueError) as error:
+        stop(str(error))
+    if accelerator.is_main_process and not args.dry_run:
+        write_config(output_dir, args)
+
+    # ---- Model: the same weights on every rank, whatever the engine ------------------------------
+    disable_progress_bar()  # for loading and saving a hundred megabytes
+    set_seed(args.seed)
+    config_overrides = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **args.model_overrides,
+    }
+    if is_checkpoint(args.model):
+        model = load_model(args.model, dtype=torch.float32)
+    else:
+        model = build_model(args.model, **config_overrides)
+    model.set_attn_implementation(args.attn_implementation)
+    model.generation_config = base_generation_config(tokenizer)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config, parameters = model.config, count_parameters(model)
+    if args.dry_run:
+        print_dry_run(
+            args, accelerator, config, parameters, tokenizer, [next(stream), next(stream)]
+        )
+        return
+
+    optimizer = build_optimizer(
+        model.to(accelerator.device),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ---- Resume: weights, optimizer and position in the data -------------------------------------
+    tokens = TokenCounter(accelerator, sources=list(args.data))
+    if checkpoint:
+        load_checkpoint(accelerator, checkpoint)
+        state = read_state(checkpoint)
+        stream.load_state_dict(state["stream"])
+        tokens.load_state_dict(state["tokens"])
+
+    held_out = load_held_out(
+        args.data, rank=rank(), world_size=world_size(), max_rows=args.max_eval_rows
+    )
+    token_bytes = token_byte_lengths(tokenizer)
+    start_trackers(accelerator, args)
+    log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
+    throughput = Throughput(
+        training_flops_per_token(config, parameters, args.seq_len),
+        accelerator.device,
+        accelerator.num_processes,
+    )
+    print_banner(args, accelerator, model, parameters, start_step)
+    evaluation: dict[str, float] = {}
+
+    # ---- Loop: one iteration is one optimizer step -----------------------------------------------
+    model.train()
+    gradient_bytes = 0
+    for step in range(start_step + 1, last_step + 1):
+        micro_batches = []
+        for _ in range(accumulation):
+            rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
+            tokens.add(rows)
+            micro_batches.append(collate(rows, accelerator.device))
+
+        # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
+        # micro-batches, so it does not depend on how the step is divided.
+        num_targets = torch.tensor(
+            float(sum(batch["num_target_tokens"] for batch in micro_batches)),
+            device=accelerator.device,
+        )
+        num_targets = accelerator.reduce(num_targets, "sum")
+
+        set_learning_rate(
+            optimizer,
+            learning_rate := learning_rate_at(
+                step,
+                peak=args.learning_rate,
+                max_steps=args.max_steps,
+                warmup_steps=args.warmup,
+                min_lr_ratio=args.min_lr_ratio,
+            ),
+        )
+        step_loss = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(micro_batches):
+            with engine.accumulate(model, last=i == accumulation - 1):
+                loss = model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    labels=batch["labels"],
+                    num_items_in_batch=num_targets,
+                    use_cache=False,
+                ).loss
+                engine.backward(accelerator, model, loss)
+            step_loss += loss.detach().float()
+            if step == start_step + 1:
+                gradient_bytes = max(gradient_bytes, engine.gradient_bytes(model, optimizer))
+        grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        throughput.add(args.global_batch_tokens)
+        log.advance()
+
+        if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
+            held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
+            write_run_facts(output_dir, args, accelerator, model, identity, held)
+
+        # Once in a while: log, evaluate, save.
+        metrics: dict[str, float | None] = {}
+        if step == 1 or step % args.logging_steps == 0 or step == last_step:
+            mean_loss = accelerator.reduce(step_loss, "sum").item()
+            if not math.isfinite(mean_loss):
+                raise RuntimeError(f"the loss of step {step} is {mean_loss}; lower --learning_rate")
+            metrics["train/loss"] = mean_loss
+            metrics["train/perplexity"] = math.exp(min(mean_loss, 700.0))
+            metrics["train/grad_norm"] = float(grad_norm)
+            metrics["train/lr"] = learning_rate
+            metrics |= tokens.read()
+            metrics |= throughput.read()
+        if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
+            evaluation = evaluate(
+                accelerator,
+                model,
+                held_out,
+                batch_size=args.per_device_eval_batch_size,
+                token_bytes=token_bytes,
+            )
+            metrics |= evaluation
+            throughput.restart()
+        if metrics:
+            log.write(step, metrics)
+        if step == last_step or (args.save_steps and step % args.save_steps == 0):
+            saved = save_checkpoint(
+                accelerator,
+                model,
+                tokenizer,
+                output_dir,
+                step=step,
+                state={"stream": stream.state_dict(), "tokens": tokens.state_dict()},
+                total_limit=args.save_total_limit,
+            )
+            log.say(f"saved {saved}")
+            throughput.restart()
+
+    # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
+    stream.close()
+    log.close()
+    if last_step == args.max_steps:
+        card = card_facts(args, accelerator, model, tokens=tokens.total(), evaluation=evaluation)
+        save_final(accelerator, model, tokenizer, output_dir / "final", card)
+        if accelerator.is_main_process:
+            print(f"drew {plot_loss(output_dir)}")
+            print_samples(output_dir, args.sample_prompts, args.sample_max_new_tokens, args.seed)
+            print(f"the trained model is in {output_dir / 'final'}", flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(ARGS)

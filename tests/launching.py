@@ -1,0 +1,74 @@
+"""Starting the recipes the way a user does, and reading what a run left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SECONDS = 300
+
+# A model small enough that a launch is mostly imports; everything else is the recipe's own.
+TINY_MODEL = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+}
+TINY_RUN = [
+    *("--model", "mini_llama3_tiny", "--model_overrides", json.dumps(TINY_MODEL)),
+    *("--max_steps", "20", "--global_batch_tokens", "1024"),  # 16 rows of 64 tokens
+    *("--per_device_train_batch_size", "4", "--learning_rate", "1e-2"),
+    *("--logging_steps", "1", "--eval_steps", "0", "--save_steps", "0"),
+    *("--sample_prompts", "[]", "--report_to", "none"),
+]
+
+
+def launch(
+    *flags: str,
+    config: str | None = "zero1",
+    processes: int = 2,
+    check: bool = True,
+    cwd: Path = REPOSITORY,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``accelerate launch … recipes/pretrain.py flags``; stdout and stderr come together.
+
+    ``config`` None: no Accelerate config at all. ``check``: a failure fails the test, with output.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config is not None:
+        command += ["--config_file", f"accelerate_configs/{config}.yaml"]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command += [str(REPOSITORY / "recipes/pretrain.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(run: Path, key: str) -> list[float]:
+    """One metric over the logged steps that have it."""
+    return [step[key] for step in metrics(run) if key in step]
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """run.json."""
+    content: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return content

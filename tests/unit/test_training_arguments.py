@@ -1,0 +1,124 @@
+"""YAML, command line and the sentences that mistakes get."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mini_llm.training.arguments import PretrainArguments, check_arguments, parse_arguments
+
+QUICKSTART = "recipes/configs/quickstart/pretrain.yaml"
+CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("recipes/configs/*/pretrain.yaml"))
+
+
+def parse(*words: str, config: str = QUICKSTART) -> PretrainArguments:
+    return parse_arguments(PretrainArguments, config, list(words))
+
+
+def error_of(capsys, *words: str, config: str = QUICKSTART) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*words, config=config)
+    assert exit_info.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1  # one sentence, no traceback
+    return text
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.parent.name)
+def test_every_shipped_yaml_parses_and_divides_its_batch_on_one_rank(config):
+    args = parse("--config", str(config))
+    check_arguments(args, world_size=1)
+
+
+def test_the_command_line_wins_over_the_yaml():
+    args = parse("--max_steps", "7", "--learning_rate=1e-4", "--bf16", "true", "--run_name", "x")
+    assert (args.max_steps, args.learning_rate, args.bf16, args.run_name) == (7, 1e-4, True, "x")
+    assert args.seq_len == 256  # from the YAML
+
+
+def test_numbers_mappings_lists_and_booleans_are_read_as_what_they_are():
+    args = parse(
+        *("--global_batch_tokens", "1e6", "--dry_run"),
+        *("--data", '{"a": {"path": "p", "weight": 2}}', "--sample_prompts", '["x"]'),
+    )
+    assert args.global_batch_tokens == 1_000_000 and args.dry_run is True
+    assert args.data == {"a": {"path": "p", "weight": 2}} and args.sample_prompts == ["x"]
+
+
+def test_a_resolved_config_is_read_back_as_the_same_arguments(tmp_path):
+    args = parse("--max_steps", "7")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(args)))
+    assert parse("--config", str(path)) == args
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    text = error_of(capsys, "--learning_rates", "1")
+    assert "unknown flag --learning_rates" in text and "--learning_rate " in text
+
+
+def test_an_abbreviated_flag_is_unknown(capsys):
+    assert "unknown flag --max_step" in error_of(capsys, "--max_step", "3")
+
+
+def test_unknown_yaml_key_names_the_file_and_the_nearest(capsys, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("output_dir: x\nmax_stepss: 3\n")
+    text = error_of(capsys, "--config", str(path))
+    assert "bad.yaml" in text and "max_stepss" in text and "max_steps" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--max_steps", "many"), "--max_steps: 'many' is not a whole number"),
+        (("--max_steps", "1.5"), "is not a whole number"),
+        (("--bf16", "maybe"), "--bf16: 'maybe' is not true or false"),
+        (("--data", "[1]"), "--data"),
+        (("--data", "{broken"), "is not a mapping"),
+        (("--config", "nowhere.yaml"), "--config: there is no file nowhere.yaml"),
+        (("--deepspeed", "nowhere.json"), "--deepspeed: there is no file nowhere.json"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(capsys, words, expected):
+    assert expected in error_of(capsys, *words)
+
+
+def test_a_missing_required_argument_is_named(capsys, tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert "--output_dir is missing" in error_of(capsys, "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"global_batch_tokens": 4096 + 256}, "use a multiple of 4096 such as 4096 or 8192"),
+        ({"global_batch_tokens": 256}, "--global_batch_tokens 256 cannot be divided"),
+        ({"learning_rate": 30.0}, "--learning_rate"),
+        ({"warmup_steps": 10_000}, "--warmup_steps"),
+        ({"report_to": "mlflow"}, "--report_to"),
+        ({"save_total_limit": 0}, "--save_total_limit"),
+        ({"max_steps": 0}, "--max_steps"),
+        ({"data": {}}, "--data is empty"),
+    ],
+)
+def test_values_that_cannot_train_are_refused_by_flag(changes, expected):
+    args = dataclasses.replace(parse(), **changes)
+    with pytest.raises(ValueError, match="--") as error:
+        check_arguments(args, world_size=2)
+    assert expected in str(error.value)
+
+
+def test_accumulation_is_derived_from_the_global_batch():
+    args = parse("--global_batch_tokens", str(256 * 64), "--per_device_train_batch_size", "8")
+    assert [args.gradient_accumulation_steps(n) for n in (1, 2, 4)] == [8, 4, 2]
+
+
+def test_every_argument_is_documented(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(PretrainArguments):
+        assert f"--{item.name}" in text and item.metadata["help"]
