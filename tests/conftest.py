@@ -38,9 +38,10 @@ def write_text_shard(path: Path, documents: int, seed: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    words = ["a", "loss", "model", "token", "row", "packs", "learns", "训练", "模型", "数据"]
     draw = random.Random(seed)
-    texts = [" ".join(draw.choices(words, k=draw.randint(2, 60))) + "." for _ in range(documents)]
+    words = ["a", "loss", "model", "token", "训练", "模型", "数据"]
+    words += ["".join(draw.choices("aeilnorst", k=draw.randint(2, 6))) for _ in range(60)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 25))) + "." for _ in range(documents)]
     table = pa.table({"text": texts, "score": [0.8] * documents, "source": ["made-up"] * documents})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
@@ -50,7 +51,7 @@ def write_text_shard(path: Path, documents: int, seed: int) -> None:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Built once a session by data_tools/, as a user would."""
     folder = tmp_path_factory.mktemp("tiny_data")
-    write_text_shard(folder / "text" / "000000.parquet", documents=1500, seed=0)
+    write_text_shard(folder / "text" / "000000.parquet", documents=4000, seed=0)
     tiny = TinyData(folder / "tokenizer", folder / "packed", seq_len=64)
 
     def tool(name: str, *flags: str) -> None:

@@ -41,6 +41,8 @@ def build_quickstart_data(folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if (packed / MANIFEST_NAME).exists() and (tokenizer / DONE_NAME).exists():
+            return  # another process built it while this one waited
         _run_stage(
             tools / "make_quickstart_corpus.py",
             [f"--output_dir={corpus}", f"--max_bytes={MAX_BYTES}"],
@@ -91,3 +93,7 @@ def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
     last_line = finished.stdout.strip().splitlines()[-1]
     seconds = time.monotonic() - started
     print(f"quickstart data: {tool.stem} ({seconds:.0f} s) {last_line}", flush=True)
+
+
+if __name__ == "__main__":
+    build_quickstart_data(sys.argv[1])

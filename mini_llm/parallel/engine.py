@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
@@ -61,6 +61,10 @@ def build_accelerator(
         else:
             config = json.loads(Path(deepspeed).read_text())
             plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, **arguments))
+    project = None
+    if project_dir is not None:
+        logs = str(Path(project_dir) / "logs")
+        project = ProjectConfiguration(project_dir=str(project_dir), logging_dir=logs)
     kwargs_handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
     accelerator = Accelerator(
         # With a DeepSpeed plugin, cpu=True would make Accelerate start DDP instead.
@@ -71,7 +75,7 @@ def build_accelerator(
         step_scheduler_with_optimizer=False,
         kwargs_handlers=kwargs_handlers if world_size() > 1 or plugin is not None else [],
         log_with=log_with or None,
-        project_dir=project_dir,
+        project_config=project,
     )
     _check_started_as_asked(accelerator, request, plugin)
     return accelerator

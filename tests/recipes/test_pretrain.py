@@ -1,0 +1,364 @@
+"""recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
+
+import json
+import os
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mini_llm import load_model
+from mini_llm.training import arguments
+from mini_llm.training.arguments import PretrainArguments, parse_arguments
+from tests.conftest import TinyData
+from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
+
+QUICKSTART = "recipes/configs/quickstart/pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, six steps, evaluation, samples, TensorBoard and W&B offline."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    launch(
+        *(*TINY_RUN, *tiny_data.flags, "--output_dir", str(output_dir)),
+        *("--max_steps", "6", "--logging_steps", "2", "--eval_steps", "3", "--save_steps", "2"),
+        *("--max_eval_rows", "0"),
+        *("--save_total_limit", "2", "--report_to", "tensorboard,wandb"),
+        *("--sample_prompts", '["a model", "训练"]', "--sample_max_new_tokens", "8"),
+        config="zero2",
+        env={"WANDB_MODE": "offline"},
+    )
+    return output_dir
+
+
+def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "logs",
+        "plots",
+        "checkpoints",
+        "final",
+    } <= names
+    assert (finished_run / "plots" / "loss.png").read_bytes()[1:4] == b"PNG"
+    assert {path.name for path in (finished_run / "final").iterdir()} >= {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
+        "step-4",  # save_total_limit 2: step-2 went
+        "step-6",
+    ]
+    assert (finished_run / "samples.txt").read_text().count("--- sample") == 2
+    tensorboard = list((finished_run / "logs").rglob("events.out.tfevents*"))
+    assert any(path.stat().st_size > 500 for path in tensorboard)
+
+
+def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, tiny_data):
+    logged = metrics(finished_run)
+    assert [m["step"] for m in logged] == [1, 2, 3, 4, 6]
+    assert [m["step"] for m in logged if "train/loss" in m] == [1, 2, 4, 6]
+    assert [m["step"] for m in logged if "eval/tiny/loss" in m] == [1, 3, 6]
+    last = logged[-1]
+    assert last.keys() == {
+        *("step", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens"),
+        *("perf/tokens_per_second", "perf/mfu", "data/tiny/tokens"),
+        *("eval/tiny/loss", "eval/tiny/bits_per_byte"),
+    }
+    assert last["perf/mfu"] is None  # a CPU's peak is not known
+    assert np.isclose(last["train/perplexity"], np.exp(last["train/loss"]))
+    assert 0.9 * 6 * 1024 < last["train/tokens"] <= 6 * 1024  # packed rows are nearly full
+    assert last["train/tokens"] == last["data/tiny/tokens"]
+
+
+def test_held_out_loss_equals_a_plain_evaluation_of_the_final_model(finished_run, tiny_data):
+    from mini_llm.data import collate, load_tokenizer, token_byte_lengths, validation_rows
+
+    model = load_model(finished_run / "final").eval()
+    tokenizer = load_tokenizer(tiny_data.tokenizer)
+    num_bytes, nats, tokens = 0, 0.0, 0
+    for row in validation_rows(tiny_data.packed):
+        batch = collate([row])
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        targets = batch["labels"][0, 1:]
+        counted = targets != -100
+        log_p = logits[0, :-1].log_softmax(-1)[counted, targets[counted]]
+        nats -= log_p.double().sum().item()
+        tokens += int(counted.sum())
+        num_bytes += int(token_byte_lengths(tokenizer)[targets[counted]].sum())
+    last = metrics(finished_run)[-1]
+    assert np.isclose(last["eval/tiny/loss"], nats / tokens, rtol=1e-5)
+    assert np.isclose(last["eval/tiny/bits_per_byte"], nats / np.log(2) / num_bytes, rtol=1e-5)
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a W&B run file: LevelDB's log format after a header of 7 bytes."""
+    block_size, header, position, parts = 32768, struct.Struct("<IHB"), 7, b""
+    while position + header.size <= len(content):
+        left_in_block = block_size - position % block_size
+        if left_in_block < header.size:
+            position += left_in_block
+            continue
+        _, length, kind = header.unpack_from(content, position)
+        position += header.size
+        parts += content[position : position + length]
+        position += length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def test_wandb_offline_holds_every_logged_value(finished_run):
+    from wandb.proto import wandb_internal_pb2
+
+    files = list((finished_run / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1  # rank 0 alone logs
+    history = []
+    for data in wandb_records(files[0].read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
+    for expected in metrics(finished_run):
+        row = next(row for row in history if row["_step"] == expected["step"])
+        for key, value in expected.items():
+            if key != "step" and value is not None:
+                assert row[key] == pytest.approx(value), key
+
+
+STOCK_PROCESS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, out = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+texts = ["a model", "loss model token row packs", "训练"]
+batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+greedy = dict(max_new_tokens=12, do_sample=False)
+batched = model.generate(**batch, **greedy)
+one_by_one = [model.generate(**tokenizer(t, return_tensors="pt"), **greedy) for t in texts]
+width = batch["input_ids"].shape[1]
+result = {
+    "class": type(model).__module__ + "." + type(model).__name__,
+    "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
+    "imported": "mini_llm" in sys.modules,
+    "batched": [tokenizer.decode(row[width:], skip_special_tokens=True) for row in batched],
+    "single": [
+        tokenizer.decode(row[0, len(tokenizer(t)["input_ids"]):], skip_special_tokens=True)
+        for row, t in zip(one_by_one, texts)
+    ],
+    "round_trip": tokenizer.decode(tokenizer("naïve\\t模型\\n x")["input_ids"]),
+}
+tokens = torch.arange(1, 61).reshape(2, 30)
+torch.save(model(tokens).logits, out + ".pt")
+json.dump(result, open(out + ".json", "w"))
+"""
+
+
+def test_final_opens_in_a_process_that_has_only_transformers(finished_run, tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        STOCK_PROCESS,
+        str(finished_run / "final"),
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["class"].startswith("transformers.") and not result["imported"]
+    assert result["missing"] == [] and result["unexpected"] == []
+    assert result["batched"] == result["single"] and any(result["batched"])
+    assert result["round_trip"] == "naïve\t模型\n x"
+    ours = load_model(finished_run / "final").eval()
+    logits = ours(torch.arange(1, 61).reshape(2, 30)).logits
+    assert (torch.load(tmp_path / "out.pt") - logits).abs().max() <= 1e-5
+
+
+def test_the_saved_weights_name_each_tied_weight_once(finished_run):
+    from safetensors import safe_open
+
+    with safe_open(finished_run / "final" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    config = json.loads((finished_run / "final" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+
+
+def test_config_yaml_repeats_the_run_and_a_finished_run_is_not_run_again(finished_run):
+    before = (finished_run / "metrics.jsonl").read_text()
+    done = launch("--config", str(finished_run / "config.yaml"), config="zero2")
+    assert "is already at step 6; nothing to do" in done.stdout
+    assert (finished_run / "metrics.jsonl").read_text() == before
+
+
+def test_bare_accelerate_launch_builds_the_quickstart_data_and_trains_with_zero1(tmp_path):
+    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
+    done = launch("--max_steps", "2", config=None, cwd=tmp_path)
+    assert "quickstart data: prepare_pretrain" in done.stdout
+    run = tmp_path / "output" / "quickstart" / "pretrain"
+    assert facts(run)["zero_stage"] == 1 and facts(run)["world_size"] == 1
+    assert facts(run)["distributed_type"] == "DEEPSPEED"
+    assert [m["step"] for m in metrics(run)] == [1, 2]
+    assert len(series(run, "eval/quickstart/loss")) == 2
+
+
+def test_deepspeed_none_trains_in_one_plain_process(tiny_data, tmp_path):
+    flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    launch(*flags, "--deepspeed", "none", config="single", processes=1)
+    run = facts(tmp_path)
+    assert (run["distributed_type"], run["zero_stage"], run["world_size"]) == ("NO", None, 1)
+    assert run["wrapper"] == "MiniLlama3ForCausalLM"
+
+
+def test_two_processes_that_become_one_are_refused(tiny_data, tmp_path):
+    flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path)]
+    done = launch(*flags, config="single", processes=2, check=False)
+    assert done.returncode != 0
+    assert "error: 2 processes were asked for but the job has 1" in done.stdout
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_dry_run_prints_config_sizes_and_two_decoded_rows_and_writes_nothing(tiny_data, tmp_path):
+    output_dir = tmp_path / "run"
+    flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(output_dir)]
+    done = launch(*flags, "--dry_run", processes=2)
+    assert "max_steps: 20" in done.stdout and "memory per rank" in done.stdout
+    assert "tokens per step       1,024 = 2 rank(s) × 2 micro-batch(es) × 4 row(s)" in done.stdout
+    assert "row 1 of tiny" in done.stdout and "row 2 of tiny" in done.stdout
+    assert "<|endoftext|>" in done.stdout and not output_dir.exists()
+
+
+# ---- Mistakes: one sentence, before any model is built -----------------------------------------
+
+
+@pytest.fixture
+def stopped(tiny_data, tmp_path, monkeypatch, capsys):
+    """Flags -> the sentence that the recipe stops with; building a model would fail the test."""
+    recipe = runpy.run_path(str(REPOSITORY / "recipes" / "pretrain.py"), run_name="recipe")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a model or an engine was built before the mistake was found")
+
+    recipe["main"].__globals__["build_model"] = forbidden
+    monkeypatch.setattr(recipe["engine"], "build_accelerator", forbidden)
+    monkeypatch.setattr(arguments, "SECONDS_FOR_RANK_0", 0)
+
+    def run(*flags: str) -> str:
+        base = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path / "run")]
+        args = parse_arguments(PretrainArguments, QUICKSTART, [*base, *flags])
+        with pytest.raises(SystemExit) as exit_info:
+            recipe["main"](args)
+        assert exit_info.value.code == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ") and text.count("\n") == 1
+        return text
+
+    return run
+
+
+def test_unknown_model_is_refused_with_the_nearest_preset(stopped):
+    text = stopped("--model", "mini_lama3")
+    assert "--model: 'mini_lama3'" in text and "did you mean 'mini_llama3'" in text
+
+
+def test_missing_data_folder_is_refused(stopped):
+    text = stopped("--data", '{"tiny": {"path": "no/such/folder", "weight": 1}}')
+    assert "--data" in text and "no/such/folder" in text
+
+
+def test_missing_tokenizer_is_refused(stopped):
+    text = stopped("--tokenizer", "no/such/tokenizer")
+    assert "--tokenizer" in text and "no/such/tokenizer" in text
+
+
+def test_data_packed_with_another_tokenizer_is_refused(stopped, tiny_data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data.tokenizer, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert "--tokenizer" in stopped("--tokenizer", str(other))
+
+
+def test_another_sequence_length_than_the_packed_rows_is_refused(stopped):
+    text = stopped("--seq_len", "128")
+    assert "--seq_len" in text and "128" in text and "64" in text
+
+
+def test_a_global_batch_that_the_ranks_cannot_divide_is_refused(stopped, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--global_batch_tokens 1024 cannot be divided over 3 rank(s)" in stopped()
+
+
+def test_a_folder_with_another_run_is_refused_with_the_differing_keys(stopped, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"identity": {"seed": 7}}))
+    text = stopped()
+    assert "--output_dir" in text and "seed: 7 there, 42 here" in text
+
+
+def test_a_checkpoint_path_that_is_none_is_refused(stopped, tmp_path):
+    text = stopped("--resume_from_checkpoint", str(tmp_path))
+    assert "--resume_from_checkpoint" in text and "no state.json" in text
+
+
+def test_a_mistake_is_printed_once_by_two_ranks_and_ends_the_launch(tmp_path):
+    done = launch("--learning_rates", "1", processes=2, check=False)
+    assert done.returncode != 0
+    assert done.stdout.count("unknown flag --learning_rates") == 1
+
+
+def test_help_answers_without_importing_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['recipes/pretrain.py', '--help']\n"
+        "try:\n    runpy.run_path('recipes/pretrain.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--global_batch_tokens" in done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_learns_and_a_second_call_reuses_what_is_done():
+    done = subprocess.run(
+        ["./launch.sh", "quickstart"], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = REPOSITORY / "output" / "quickstart" / "pretrain"
+    held_out = series(run, "eval/quickstart/loss")
+    assert held_out[0] - held_out[-1] >= 2.5
+    assert facts(run)["world_size"] == 2 and facts(run)["zero_stage"] == 1
+    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    again = subprocess.run(
+        ["./launch.sh", "quickstart"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
