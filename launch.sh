@@ -141,6 +141,10 @@ gpu_count() { # GPUs that training can use
   fi
 }
 
+spare_deepspeed_the_search() { # without a GPU, spare each run DeepSpeed's warning that it looked
+  [[ "$(gpu_count)" != 0 || -n "$(installed_torch hip)" ]] || export DS_ACCELERATOR=cpu
+}
+
 cpu_threads() { # cpu_threads PROCESSES: threads for each, the cores shared out unless the user chose
   local cores threads
   cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
@@ -337,6 +341,7 @@ cmd_quickstart() {
   local folder="output/quickstart" gpus threads processes=2
   is_set_up 0 "" || stage setup install_environment 0 ""
   require_setup quickstart
+  spare_deepspeed_the_search
   gpus="$(gpu_count)"
   ((gpus != 1)) || processes=1
   threads="$(cpu_threads "$processes")"
@@ -408,6 +413,7 @@ cmd_pretrain() {
     return
   fi
   require_setup pretrain
+  spare_deepspeed_the_search
   export OMP_NUM_THREADS="$threads" # the flag above is enough, but torchrun warns without it
   exec "${launch[@]}"
 }

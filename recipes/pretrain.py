@@ -38,7 +38,7 @@ from mini_llm.data import (
 from mini_llm.data.quickstart import build_quickstart_data
 from mini_llm.hub.export import base_generation_config, save_final
 from mini_llm.hub.model_card import card_facts
-from mini_llm.models import build_model, check_model_name, is_checkpoint, load_model
+from mini_llm.models import build_model, check_model, is_checkpoint, load_model
 from mini_llm.parallel import engine
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
@@ -67,18 +67,11 @@ def main(args: PretrainArguments) -> None:
     # ---- Check: whatever can be wrong is found before anything is built --------------------------
     try:
         check_arguments(args, world_size())
-        check_model_name(args.model)
         if args.quickstart_data:
             build_quickstart_data(Path(args.tokenizer).parent)
         tokenizer = load_tokenizer(args.tokenizer)
         fingerprint = tokenizer_fingerprint(args.tokenizer)
-        for name, source in args.data.items():
-            check_manifest(
-                load_manifest(source["path"]),
-                name=name,
-                tokenizer_fingerprint=fingerprint,
-                seq_len=args.seq_len,
-            )
+        check_model(args.model, vocab_size=len(tokenizer))
         stream = open_stream(
             args.data,
             seq_len=args.seq_len,
@@ -87,6 +80,13 @@ def main(args: PretrainArguments) -> None:
             rank=rank(),
             world_size=world_size(),
         )
+        for name, source in args.data.items():
+            check_manifest(
+                load_manifest(source["path"]),
+                name=name,
+                tokenizer_fingerprint=fingerprint,
+                seq_len=args.seq_len,
+            )
         identity = run_identity(args, fingerprint, stream.fingerprint)
         check_run_folder(output_dir, identity)
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -131,7 +131,10 @@ def main(args: PretrainArguments) -> None:
         model = load_model(args.model, dtype=torch.float32)
     else:
         model = build_model(args.model, **config_overrides)
-    model.set_attn_implementation(args.attn_implementation)
+    try:
+        model.set_attn_implementation(args.attn_implementation)
+    except (ValueError, ImportError) as error:
+        stop(f"--attn_implementation {args.attn_implementation}: {error}")
     model.generation_config = base_generation_config(tokenizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -154,8 +157,13 @@ def main(args: PretrainArguments) -> None:
     # ---- Resume: weights, optimizer and position in the data -------------------------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
     if checkpoint:
-        load_checkpoint(accelerator, checkpoint)
         state = read_state(checkpoint)
+        if state["engine"] != engine.describe(accelerator, model):
+            stop(
+                f"--resume_from_checkpoint: {checkpoint} was written by {state['engine']}, this is "
+                f"{engine.describe(accelerator, model)}; resume with the same engine and ranks"
+            )
+        load_checkpoint(accelerator, checkpoint)
         stream.load_state_dict(state["stream"])
         tokens.load_state_dict(state["tokens"])
 
@@ -254,7 +262,11 @@ def main(args: PretrainArguments) -> None:
                 tokenizer,
                 output_dir,
                 step=step,
-                state={"stream": stream.state_dict(), "tokens": tokens.state_dict()},
+                state={
+                    "engine": engine.describe(accelerator, model),
+                    "stream": stream.state_dict(),
+                    "tokens": tokens.state_dict(),
+                },
                 total_limit=args.save_total_limit,
             )
             log.say(f"saved {saved}")

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mini_llm.parallel.engine import describe
+
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -54,7 +56,7 @@ def card_facts(
         "vocab_size": unwrapped.config.vocab_size,
         "data": ", ".join(f"{name} ({s.get('weight', 1)})" for name, s in args.data.items()),
         "learning_rate": args.learning_rate,
-        "engine": f"{accelerator.distributed_type.value}, {accelerator.num_processes} rank(s)",
+        "engine": describe(accelerator, model),
         "evaluation": evaluation,
     }
 

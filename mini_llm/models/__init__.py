@@ -4,7 +4,6 @@
 architecture: recipes ask :func:`build_model` or :func:`load_model`.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -88,18 +87,30 @@ def is_checkpoint(model: str) -> bool:
     )
 
 
-def check_model_name(model: str) -> None:
-    """Refuse, before anything is built, a ``--model`` that is neither a preset nor a checkpoint."""
+def check_model(model: str, vocab_size: int) -> None:
+    """Refuse, before anything is built, a ``--model`` that cannot train with this tokenizer.
+
+    Raises ValueError for what is neither a preset nor a checkpoint, for a checkpoint of another
+    architecture, and for one whose vocabulary is not the tokenizer's.
+    """
     from difflib import get_close_matches
 
-    if model in list_models() or is_checkpoint(model):
-        if Path(model, "config.json").is_file():
-            model_type = json.loads(Path(model, "config.json").read_text()).get("model_type")
-            if model_type not in ARCHITECTURES:
-                raise ValueError(
-                    f"--model: {model} holds model_type {model_type!r}; mini_llm trains "
-                    f"{sorted(ARCHITECTURES)}"
-                )
+    if model in list_models():
+        return
+    if is_checkpoint(model):
+        from transformers import PreTrainedConfig
+
+        fields, _ = PreTrainedConfig.get_config_dict(model)
+        if fields.get("model_type") not in ARCHITECTURES:
+            raise ValueError(
+                f"--model: {model} holds model_type {fields.get('model_type')!r}; mini_llm trains "
+                f"{sorted(ARCHITECTURES)}"
+            )
+        if fields.get("vocab_size") != vocab_size:
+            raise ValueError(
+                f"--tokenizer has {vocab_size} entries but --model {model} has "
+                f"{fields.get('vocab_size')}; give the tokenizer that the checkpoint came with"
+            )
         return
     near = get_close_matches(model, list_models(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -173,6 +173,18 @@ def zero_stage(accelerator: Accelerator, model: nn.Module) -> int | None:
     return int(model.zero_optimization_stage())  # type: ignore[operator]
 
 
+def describe(accelerator: Accelerator, model: nn.Module) -> str:
+    """The engine in words, e.g. "DeepSpeed ZeRO-1 on 2 rank(s)"."""
+    stage = zero_stage(accelerator, model)
+    if stage is not None:
+        name = f"DeepSpeed ZeRO-{stage}"
+    elif accelerator.num_processes > 1:
+        name = "DistributedDataParallel"
+    else:
+        name = "plain PyTorch"
+    return f"{name} on {accelerator.num_processes} rank(s)"
+
+
 @contextlib.contextmanager
 def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch's forward and backward; ``last`` of the step reduces the gradients."""

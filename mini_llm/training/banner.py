@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from mini_llm.parallel.engine import zero_stage
+from mini_llm.parallel.engine import describe
 
 from .arguments import PretrainArguments
 from .run_folder import versions
@@ -19,13 +19,11 @@ def print_banner(
     """One block on rank 0: model, engine, batch, data, kernels, versions."""
     if not accelerator.is_main_process:
         return
-    stage = zero_stage(accelerator, model)
-    engine = accelerator.distributed_type.value + ("" if stage is None else f" ZeRO-{stage}")
     accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
     begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
     lines = {
         "model": f"{args.model}, {parameters:,} parameters",
-        "engine": f"{engine}, {accelerator.num_processes} rank(s) on {accelerator.device.type}, "
+        "engine": f"{describe(accelerator, model)}, {accelerator.device.type}, "
         f"{'bf16' if args.bf16 else 'fp32'}",
         "batch": f"{args.global_batch_tokens:,} tokens = {accelerator.num_processes} rank(s) × "
         f"{accumulation} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "

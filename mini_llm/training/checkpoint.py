@@ -39,7 +39,8 @@ def save_checkpoint(
     folder = output_dir / "checkpoints"
     complete, aside = folder / f"step-{step}", folder / f".step-{step}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     # Pickled torch files: safetensors would drop one of two tied weights.

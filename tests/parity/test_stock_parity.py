@@ -112,6 +112,9 @@ def test_a_packed_row_equals_its_documents_one_by_one(pair):
 def test_every_attention_implementation_gives_the_same_packed_logits(pair, implementation):
     ours, _, folder = pair
     other = load_model(folder, attn_implementation=implementation).eval()
+    switched = load_model(folder).eval()
+    switched.set_attn_implementation(implementation)
+    assert switched.model.layers[-1].self_attn.config._attn_implementation == implementation
     tokens = _tokens(2, 30)
     positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
     for kwargs in ({}, {"position_ids": positions}):

@@ -284,6 +284,20 @@ def test_missing_data_folder_is_refused(stopped):
     assert "--data" in text and "no/such/folder" in text
 
 
+def test_data_without_a_path_is_refused(stopped):
+    text = stopped("--data", '{"tiny": {"weight": 1}}')
+    assert "--data" in text and "path" in text
+
+
+def test_a_checkpoint_with_another_vocabulary_is_refused(stopped, finished_run, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(finished_run / "final", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
+    text = stopped("--model", str(other))
+    assert "--tokenizer has 324 entries" in text and "999" in text
+
+
 def test_missing_tokenizer_is_refused(stopped):
     text = stopped("--tokenizer", "no/such/tokenizer")
     assert "--tokenizer" in text and "no/such/tokenizer" in text

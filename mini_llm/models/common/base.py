@@ -21,6 +21,14 @@ class MiniPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Yes: all attention goes through ``common/attention.py``.
+
+        transformers guesses by searching the model's own source file for its interface.
+        """
+        return True
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """transformers' save_pretrained, with the stock class named in config.json."""
         super().save_pretrained(save_directory, *args, **kwargs)
