@@ -102,6 +102,17 @@ def test_the_launchers_request_is_read_from_its_command_line(
 def test_every_auto_of_a_deepspeed_config_comes_from_the_runs_arguments(path, bf16, monkeypatch):
     monkeypatch.setattr("mini_llm.parallel.engine.world_size", lambda: 4)
     config = json.loads(path.read_text())
+    stage = int(path.stem[4])
+    if stage == 0 and bf16:
+        with pytest.raises(ValueError, match="--bf16 true with ZeRO-0"):
+            fill_deepspeed_config(
+                config,
+                micro_batch_size=3,
+                gradient_accumulation_steps=5,
+                max_grad_norm=1,
+                bf16=True,
+            )
+        return
     filled = fill_deepspeed_config(
         config, micro_batch_size=3, gradient_accumulation_steps=5, max_grad_norm=0.7, bf16=bf16
     )
@@ -109,9 +120,8 @@ def test_every_auto_of_a_deepspeed_config_comes_from_the_runs_arguments(path, bf
     assert filled["gradient_accumulation_steps"] == 5
     assert filled["train_batch_size"] == 3 * 5 * 4
     assert filled["bf16"]["enabled"] is bf16
-    stage = int(path.stem[4])
-    # In fp32 ZeRO-0 the step clips by itself, see optimizer_step().
-    assert filled["gradient_clipping"] == (0.0 if stage == 0 and not bf16 else 0.7)
+    # Under ZeRO-0 the step clips by itself, see optimizer_step().
+    assert filled["gradient_clipping"] == (0.0 if stage == 0 else 0.7)
     assert filled["zero_optimization"]["stage"] == stage
     assert "auto" not in json.dumps(filled)
     assert json.loads(path.read_text()) == config  # the file's own copy is untouched
