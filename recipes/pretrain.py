@@ -10,6 +10,12 @@ engine), ``data/`` (the stream of rows), ``models/``.
 """
 
 # ruff: noqa: E402
+import sys
+from pathlib import Path
+
+# A recipe runs the code beside it, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mini_llm.training.arguments import PretrainArguments, check_arguments, parse_arguments, stop
 
 if __name__ == "__main__":  # --help and mistyped flags answer before the slow imports below
@@ -20,7 +26,6 @@ from mini_llm.parallel.environment import prepare_environment, rank, world_size
 prepare_environment()  # DeepSpeed and transformers read it when they are imported
 
 import math
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed

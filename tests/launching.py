@@ -44,7 +44,7 @@ def launch(
         command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += [str(REPOSITORY / "recipes/pretrain.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         command,
         cwd=cwd,

@@ -1,7 +1,6 @@
 """recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
 
 import json
-import os
 import runpy
 import shutil
 import struct
@@ -351,7 +350,6 @@ def test_help_answers_without_importing_torch():
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=60,
