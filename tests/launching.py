@@ -12,15 +12,16 @@ SECONDS = 300
 
 # A model small enough that a launch is mostly imports; everything else is the recipe's own.
 TINY_MODEL = {
-    "hidden_size": 32,
-    "head_dim": 8,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "head_dim": 16,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
 }
 TINY_RUN = [
     *("--model", "mini_llama3_tiny", "--model_overrides", json.dumps(TINY_MODEL)),
     *("--max_steps", "20", "--global_batch_tokens", "1024"),  # 16 rows of 64 tokens
-    *("--per_device_train_batch_size", "4", "--learning_rate", "1e-2"),
+    *("--per_device_train_batch_size", "4", "--learning_rate", "3e-3"),
+    *("--min_lr_ratio", "0.1", "--weight_decay", "0.1", "--warmup_steps", "1"),
     *("--logging_steps", "1", "--eval_steps", "0", "--save_steps", "0"),
     *("--sample_prompts", "[]", "--report_to", "none"),
 ]

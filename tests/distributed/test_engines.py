@@ -55,7 +55,7 @@ def reference(tiny_data: TinyData) -> dict[str, list[float]]:
         **TINY_MODEL,
     )
     optimizer = build_optimizer(
-        model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8
+        model, learning_rate=3e-3, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8
     )
     data = {"tiny": {"path": str(tiny_data.packed), "weight": 1}}
     result: dict[str, list[float]] = {"loss": [], "grad_norm": []}
@@ -66,7 +66,7 @@ def reference(tiny_data: TinyData) -> dict[str, list[float]]:
             set_learning_rate(
                 optimizer,
                 learning_rate_at(
-                    step, peak=1e-2, max_steps=STEPS, warmup_steps=1, min_lr_ratio=0.1
+                    step, peak=3e-3, max_steps=STEPS, warmup_steps=1, min_lr_ratio=0.1
                 ),
             )
             # Plain cross-entropy over full logits: nothing of the chunked loss is used here.

@@ -16,11 +16,15 @@ def pair(request, tmp_path_factory):
     torch.manual_seed(0)
     ours = build_model(request.param, **SMALL)
     for parameter in ours.parameters():  # norms at exactly 1 would hide a wrong norm
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data += 0.05 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp(request.param)
     ours.save_pretrained(folder)
     stock, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    # Multi-token-prediction layers are published behind the others, and stock classes skip them.
+    further = range(ours.config.num_hidden_layers, len(ours.model.layers))
+    prefixes = tuple(f"model.layers.{i}." for i in further)
+    assert all(key.startswith(prefixes) for key in info["unexpected_keys"])
     assert type(stock).__module__.startswith("transformers.")
     return ours.eval(), stock.eval(), folder
 
@@ -42,10 +46,14 @@ def test_the_comparison_notices_a_small_change_of_any_weight(pair):
     ours, stock, folder = pair
     changed = load_model(folder).eval()
     tokens = _tokens(2, 50)
+    reference, stock_names = stock(tokens).logits, dict(stock.named_parameters())
     for name, parameter in changed.named_parameters():
+        if name not in stock_names:
+            continue
         kept = parameter.detach().clone()
-        parameter.mul_(1.05)
-        assert (changed(tokens).logits - stock(tokens).logits).abs().max() > 1e-5, name
+        # Not one factor for all elements: what a norm follows would not notice.
+        parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+        assert (changed(tokens).logits - reference).abs().max() > 1e-5, name
         parameter.copy_(kept)
 
 
@@ -128,7 +136,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair):
     plain, checkpointed = load_model(folder).train(), load_model(folder).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (plain, checkpointed):
-        model(tokens, position_ids=positions, labels=tokens).loss.backward()
+        output = model(tokens, position_ids=positions, labels=tokens)
+        sum(value for name, value in output.items() if name.endswith("loss")).backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=name)
 

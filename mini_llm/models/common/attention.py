@@ -104,11 +104,37 @@ def prepare_attention(
     calls a document (sdpa on the CPU), variable-length kernels (flash attention), or a
     block-diagonal mask (the rest). ``position_ids`` None means one document a row.
     """
-    documents = None
+    documents = packed_documents(inputs_embeds, attention_mask, position_ids, past_key_values)
+    return prepare_attention_within(
+        documents, config, inputs_embeds, attention_mask, position_ids, past_key_values
+    )
+
+
+def packed_documents(
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> Documents | None:
+    """The documents of packed rows, or None where every row is one document."""
     # get_seq_length() is an int for dynamic caches and a tensor for static ones; both compare.
     nothing_cached = past_key_values is None or past_key_values.get_seq_length() == 0
-    if position_ids is not None and attention_mask is None and nothing_cached:
-        documents = find_documents(position_ids, inputs_embeds.shape[0])
+    if position_ids is None or attention_mask is not None or not nothing_cached:
+        return None
+    return find_documents(position_ids, inputs_embeds.shape[0])
+
+
+def prepare_attention_within(
+    documents: Documents | None,
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[Any, dict[str, Any]]:
+    """:func:`prepare_attention` for a model that has already found its documents."""
+    if isinstance(attention_mask, dict):  # generate() has made the masks, one per layer type
+        return attention_mask["full_attention"], {}
     if documents is None:
         # position_ids are left out: transformers would look for documents in them once more.
         mask = create_causal_mask(

@@ -49,11 +49,21 @@ def find_documents(position_ids: torch.Tensor, batch_size: int) -> Documents | N
     A document begins wherever a position is not its left neighbour's plus one. Costs one host
     synchronisation on an accelerator.
     """
-    position_ids = position_ids.expand(batch_size, -1)
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = _document_starts(position_ids, batch_size)
     offsets = starts.flatten().nonzero().flatten().tolist()
     if len(offsets) == batch_size:
         return None
-    ends = [*offsets[1:], position_ids.numel()]
+    ends = [*offsets[1:], starts.numel()]
     return Documents(tuple(end - start for start, end in zip(offsets, ends, strict=True)))
+
+
+def document_ids(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """(B or 1, T) positions -> (B, T) int32, the documents of each row counted from 0."""
+    return _document_starts(position_ids, batch_size).cumsum(1, dtype=torch.int32) - 1
+
+
+def _document_starts(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    position_ids = position_ids.expand(batch_size, -1)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts

@@ -7,11 +7,15 @@ from transformers.activations import ACT2FN
 
 
 class SwiGLU(nn.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6)."""
+    """down(act(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    ``intermediate_size`` F is the config's own by default.
+    """
+
+    def __init__(self, config: PreTrainedConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
-        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D, F = config.hidden_size, intermediate_size or config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)  # a field of LlamaConfig; most others have none
         self.gate_proj = nn.Linear(D, F, bias=bias)
         self.up_proj = nn.Linear(D, F, bias=bias)
         self.down_proj = nn.Linear(F, D, bias=bias)

@@ -12,9 +12,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 def _default_frequencies(
     config: PreTrainedConfig, device: Any = None, **_: Any
 ) -> tuple[torch.Tensor, float]:
-    """θ_i = base^(−2i/d), i = 0 … d/2−1, and the attention factor 1."""
-    head_dim = config.head_dim
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float, device=device) / head_dim
+    """θ_i = base^(−2i/r), i = 0 … r/2−1, and the attention factor 1.
+
+    r is the head size d, or the part of it that ``partial_rotary_factor`` says.
+    """
+    rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device) / rotary_dim
     return config.rope_parameters["rope_theta"] ** -exponent, 1.0
 
 
@@ -77,11 +80,16 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(
-    query_BHTd: torch.Tensor, key_BKTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
+    query_BHTd: torch.Tensor, key_BKTd: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys by their positions' angles."""
-    cos, sin = cos_BTd.unsqueeze(1), sin_BTd.unsqueeze(1)
-    return (
-        query_BHTd * cos + rotate_half(query_BHTd) * sin,
-        key_BKTd * cos + rotate_half(key_BKTd) * sin,
-    )
+    """Rotate the first r ≤ d coordinates of queries and keys by their positions' angles."""
+    cos, sin = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        rotary_dim = cos.shape[-1]
+        if rotary_dim == x.shape[-1]:
+            return x * cos + rotate_half(x) * sin
+        turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+        return torch.cat((turned * cos + rotate_half(turned) * sin, kept), -1)
+
+    return rotate(query_BHTd), rotate(key_BKTd)
