@@ -12,13 +12,21 @@ _LAZY = {
     "list_models": "mini_llm.models",
     "build_model": "mini_llm.models",
     "load_model": "mini_llm.models",
+    "MiniDeepseekV3Model": "mini_llm.models.deepseekv3.modeling",
+    "MiniDeepseekV3ForCausalLM": "mini_llm.models.deepseekv3.modeling",
     "MiniLlama3Model": "mini_llm.models.llama3.modeling",
     "MiniLlama3ForCausalLM": "mini_llm.models.llama3.modeling",
+    "MiniQwen3NextModel": "mini_llm.models.qwen3_next.modeling",
+    "MiniQwen3NextForCausalLM": "mini_llm.models.qwen3_next.modeling",
 }
 
 __all__ = [
+    "MiniDeepseekV3ForCausalLM",
+    "MiniDeepseekV3Model",
     "MiniLlama3ForCausalLM",
     "MiniLlama3Model",
+    "MiniQwen3NextForCausalLM",
+    "MiniQwen3NextModel",
     "__version__",
     "build_model",
     "list_models",

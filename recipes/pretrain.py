@@ -45,6 +45,7 @@ from mini_llm.hub.export import base_generation_config, save_final
 from mini_llm.hub.model_card import card_facts
 from mini_llm.models import build_model, check_model, is_checkpoint, load_model
 from mini_llm.parallel import engine
+from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
     find_checkpoint,
@@ -53,6 +54,7 @@ from mini_llm.training.checkpoint import (
     save_checkpoint,
 )
 from mini_llm.training.evaluation import evaluate, load_held_out
+from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from mini_llm.training.plots import plot_loss
@@ -214,21 +216,37 @@ def main(args: PretrainArguments) -> None:
                 min_lr_ratio=args.min_lr_ratio,
             ),
         )
-        step_loss = torch.zeros((), device=accelerator.device)
+        step_losses: dict[str, torch.Tensor] = {}
+        mtp_weight = mtp_weight_at(
+            step,
+            first=args.mtp_loss_weight,
+            last=args.mtp_loss_final_weight,
+            max_steps=args.max_steps,
+        )
         for i, batch in enumerate(micro_batches):
             with engine.accumulate(model, last=i == accumulation - 1):
-                loss = model(
+                outputs = model(
                     input_ids=batch["input_ids"],
                     position_ids=batch["position_ids"],
                     labels=batch["labels"],
                     num_items_in_batch=num_targets,
                     use_cache=False,
-                ).loss
+                )
+                loss, parts = combine_losses(
+                    outputs,
+                    mtp_weight=mtp_weight,
+                    balance_weight=args.balance_loss_weight,
+                    micro_batches=accumulation * accelerator.num_processes,
+                )
                 engine.backward(accelerator, model, loss)
-            step_loss += loss.detach().float()
+            for name, part in parts.items():
+                step_losses[name] = step_losses.get(name, 0) + part.float()
             if step == start_step + 1:
                 gradient_bytes = max(gradient_bytes, engine.gradient_bytes(model, optimizer))
         grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        load = take_expert_load(model)  # None for a model without experts
+        if load is not None:
+            update_expert_bias(model, load, speed=args.expert_bias_update_speed)
         throughput.add(args.global_batch_tokens)
         log.advance()
 
@@ -239,15 +257,17 @@ def main(args: PretrainArguments) -> None:
         # Once in a while: log, evaluate, save.
         metrics: dict[str, float | None] = {}
         if step == 1 or step % args.logging_steps == 0 or step == last_step:
-            mean_loss = accelerator.reduce(step_loss, "sum").item()
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(f"the loss of step {step} is {mean_loss}; lower --learning_rate")
-            metrics["train/loss"] = mean_loss
-            metrics["train/perplexity"] = math.exp(min(mean_loss, 700.0))
+            losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
+            if not all(map(math.isfinite, losses)):
+                raise RuntimeError(f"the loss of step {step} is {losses}; lower --learning_rate")
+            metrics |= dict(zip(step_losses, losses, strict=True))
+            metrics["train/perplexity"] = math.exp(min(losses[0], 700.0))
             metrics["train/grad_norm"] = float(grad_norm)
             metrics["train/lr"] = learning_rate
             metrics |= tokens.read()
             metrics |= throughput.read()
+            if load is not None:
+                metrics |= load.metrics()
         if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
             evaluation = evaluate(
                 accelerator,

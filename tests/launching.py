@@ -22,6 +22,7 @@ TINY_RUN = [
     *("--max_steps", "20", "--global_batch_tokens", "1024"),  # 16 rows of 64 tokens
     *("--per_device_train_batch_size", "4", "--learning_rate", "3e-3"),
     *("--min_lr_ratio", "0.1", "--weight_decay", "0.1", "--warmup_steps", "1"),
+    *("--expert_bias_update_speed", "0.01", "--balance_loss_weight", "0.01"),
     *("--logging_steps", "1", "--eval_steps", "0", "--save_steps", "0"),
     *("--sample_prompts", "[]", "--report_to", "none"),
 ]

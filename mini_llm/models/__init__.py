@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # config.json's ``model_type`` -> the folder that implements it.
 ARCHITECTURES = {
     "llama": "mini_llm.models.llama3",
+    "deepseek_v3": "mini_llm.models.deepseekv3",
+    "qwen3_next": "mini_llm.models.qwen3_next",
 }
 
 
@@ -78,6 +80,26 @@ def load_model(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     model_class = import_module(ARCHITECTURES[model_type]).model_class()
     model: PreTrainedModel = model_class.from_pretrained(path, **kwargs)
     return model
+
+
+def mixing_flops_per_token(config: "PreTrainedConfig", seq_len: int) -> float:
+    """Training FLOPs a token of what mixes tokens (attention, delta rule), all layers together."""
+    architecture = import_module(ARCHITECTURES[config.model_type])
+    flops: float = architecture.mixing_flops_per_token(config, seq_len)
+    return flops
+
+
+def kernels_in_use(config: "PreTrainedConfig", *, half_precision: bool) -> dict[str, str]:
+    """What computes the parts that have a choice, e.g. ``{"delta_rule": "fla"}``."""
+    architecture = import_module(ARCHITECTURES[config.model_type])
+    own: dict[str, str] = {}
+    if hasattr(architecture, "kernels_in_use"):
+        own = architecture.kernels_in_use(half_precision=half_precision)
+    return {
+        "attention": str(config._attn_implementation),
+        "loss": "chunked linear cross-entropy",
+        **own,
+    }
 
 
 def is_checkpoint(model: str) -> bool:

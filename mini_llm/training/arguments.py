@@ -71,6 +71,13 @@ class PretrainArguments:
     adam_beta2: float = _arg("AdamW β2", 0.95)
     adam_epsilon: float = _arg("AdamW ε", 1e-8)
     max_grad_norm: float = _arg("gradients are clipped to this global norm (0: not)", 1.0)
+    # Mixture of experts and multi-token prediction (no effect on a model without them)
+    expert_bias_update_speed: float = _arg(
+        "change of a router bias per optimizer step, towards equal load (DeepSeek-V3's γ)", 1e-3
+    )
+    balance_loss_weight: float = _arg("weight of the load-balance loss (a mean over rows)", 1e-4)
+    mtp_loss_weight: float = _arg("weight of the multi-token-prediction loss", 0.3)
+    mtp_loss_final_weight: float = _arg("… in the last third of the run", 0.1)
     # Precision and engine
     bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)

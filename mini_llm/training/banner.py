@@ -6,30 +6,37 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import describe
 
 from .arguments import PretrainArguments
 from .run_folder import versions
-from .sizes import dry_run_report
+from .sizes import ParameterCounts, dry_run_report
 
 
 def print_banner(
-    args: PretrainArguments, accelerator: Accelerator, model: Any, parameters: int, start_step: int
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    model: Any,
+    parameters: ParameterCounts,
+    start_step: int,
 ) -> None:
     """One block on rank 0: model, engine, batch, data, kernels, versions."""
     if not accelerator.is_main_process:
         return
     accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
+    config = accelerator.unwrap_model(model).config
+    kernels = kernels_in_use(config, half_precision=args.bf16)
     begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
     lines = {
-        "model": f"{args.model}, {parameters:,} parameters",
+        "model": f"{args.model}, {parameters}",
         "engine": f"{describe(accelerator, model)}, {accelerator.device.type}, "
         f"{'bf16' if args.bf16 else 'fp32'}",
         "batch": f"{args.global_batch_tokens:,} tokens = {accelerator.num_processes} rank(s) × "
         f"{accumulation} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
         f"{args.seq_len} tokens",
         "data": ", ".join(f"{name} (weight {s.get('weight', 1)})" for name, s in args.data.items()),
-        "kernels": f"attention {args.attn_implementation}, loss chunked linear cross-entropy",
+        "kernels": ", ".join(f"{part} {kernel}" for part, kernel in kernels.items()),
         "run": f"{args.output_dir}, {begin}, to step {args.max_steps}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
@@ -41,7 +48,7 @@ def print_dry_run(
     args: PretrainArguments,
     accelerator: Accelerator,
     config: Any,
-    parameters: int,
+    parameters: ParameterCounts,
     tokenizer: Any,
     rows: list[Any],
 ) -> None:

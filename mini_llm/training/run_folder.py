@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import zero_stage
 
 from .arguments import PretrainArguments
@@ -101,9 +102,8 @@ def write_run_facts(
         "bytes_per_rank": {kind: [rank[kind] for rank in per_rank] for kind in sorted(held)},
         "versions": versions(),
         "kernels": {
-            "attention": unwrapped.config._attn_implementation,
+            **kernels_in_use(unwrapped.config, half_precision=args.bf16),
             "optimizer": "AdamW (fused)" if accelerator.device.type == "cuda" else "AdamW",
-            "loss": "chunked linear cross-entropy",
         },
         "data_fingerprint": identity["data_fingerprint"],
         "identity": identity,

@@ -1,29 +1,72 @@
 """Sizes that can be known before a run: parameters, FLOPs, memory per rank."""
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from mini_llm.models import mixing_flops_per_token
+
 GIB = 1 << 30
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters, a tied weight once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trainable parameters, a tied weight once.
+
+    ``active`` takes part in one token's inference: of the routed experts those that a router picks,
+    and no multi-token-prediction module. ``mtp`` is the size of those modules.
+    """
+
+    total: int
+    active: int
+    mtp: int
+    idle_experts: int
+
+    def __str__(self) -> str:
+        if self.active == self.total:
+            return f"{self.total:,} parameters"
+        mtp = f", {self.mtp:,} of multi-token prediction" if self.mtp else ""
+        return f"{self.total:,} parameters ({self.active:,} active{mtp})"
 
 
-def training_flops_per_token(config: PreTrainedConfig, parameters: int, seq_len: int) -> float:
-    """FLOPs of one token's forward and backward pass in a dense decoder.
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count a model that is not wrapped or partitioned yet."""
+    config: Any = model.config
+    total = active = mtp = idle = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel()
+        total += size
+        unused = 0
+        if re.search(r"\.experts\.(gate_up|down)_proj$", name):  # (E, …): a token uses K of E
+            unused = size - size * config.num_experts_per_tok // parameter.shape[0]
+            idle += unused
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            mtp += size
+        else:
+            active += size - unused
+    return ParameterCounts(total, active, mtp, idle)
 
-    6 per weight that multiplies (Kaplan et al. 2020, §2.1; the input embedding is a look-up, the
-    output head multiplies), and 6·T·H·d a layer for causal attention scores and values.
+
+def training_flops_per_token(
+    config: PreTrainedConfig, parameters: ParameterCounts, seq_len: int
+) -> float:
+    """FLOPs of one token's forward and backward pass.
+
+    6 per weight that multiplies (Kaplan et al. 2020, §2.1) – the input embedding only looks up, the
+    head multiplies once for the main loss and once for each MTP depth – plus what mixes tokens:
+    attention scores and values, or the delta rule. Attention counts all T² scores, not the causal
+    half, as PaLM (appendix B) and others do for MFU; recomputation does not count.
     """
     embedding = config.vocab_size * config.hidden_size
-    multiplied = parameters if config.tie_word_embeddings else parameters - embedding
-    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
-    return 6.0 * multiplied + 6.0 * attention
+    multiplied = parameters.total - parameters.idle_experts
+    if not config.tie_word_embeddings:
+        multiplied -= embedding
+    multiplied += embedding * getattr(config, "num_nextn_predict_layers", 0)
+    return 6.0 * multiplied + mixing_flops_per_token(config, seq_len)
 
 
 def memory_per_rank(parameters: int, *, world_size: int, bf16: bool) -> dict[str, float]:
@@ -45,12 +88,17 @@ def memory_per_rank(parameters: int, *, world_size: int, bf16: bool) -> dict[str
 
 
 def dry_run_report(
-    args: Any, config: PreTrainedConfig, parameters: int, *, world_size: int, micro_batches: int
+    args: Any,
+    config: PreTrainedConfig,
+    parameters: ParameterCounts,
+    *,
+    world_size: int,
+    micro_batches: int,
 ) -> str:
     """The sizes of a run as text, for ``--dry_run``."""
-    memory = memory_per_rank(parameters, world_size=world_size, bf16=args.bf16)
+    memory = memory_per_rank(parameters.total, world_size=world_size, bf16=args.bf16)
     lines = [
-        f"parameters            {parameters:,} (all active)",
+        f"model                 {parameters}",
         f"training FLOPs/token  {training_flops_per_token(config, parameters, args.seq_len):.3e}",
         f"tokens per step       {args.global_batch_tokens:,} = {world_size} rank(s) × "
         f"{micro_batches} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "

@@ -127,6 +127,15 @@ def test_every_auto_of_a_deepspeed_config_comes_from_the_runs_arguments(path, bf
     assert json.loads(path.read_text()) == config  # the file's own copy is untouched
 
 
+def test_zero1_leaves_fp32_gradient_accumulation_out():
+    """With it and bf16, deepspeed 0.19.8's first step has a wrong gradient (its BF16_Optimizer)."""
+    accumulate = {
+        path.stem: json.loads(path.read_text()).get("data_types", {}).get("grad_accum_dtype")
+        for path in DS_CONFIGS
+    }
+    assert accumulate == {"zero0": None, "zero1": None, "zero2": "fp32", "zero3": "fp32"}
+
+
 def test_a_deepspeed_config_that_contradicts_the_run_is_refused():
     arguments = {"gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "bf16": False}
     with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu to 9"):

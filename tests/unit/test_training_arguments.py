@@ -94,7 +94,7 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"global_batch_tokens": 4096 + 256}, "use a multiple of 4096 such as 4096 or 8192"),
+        ({"global_batch_tokens": 2048 + 256}, "use a multiple of 2048 such as 2048 or 4096"),
         ({"global_batch_tokens": 256}, "--global_batch_tokens 256 cannot be divided"),
         ({"learning_rate": 30.0}, "--learning_rate"),
         ({"warmup_steps": 10_000}, "--warmup_steps"),
@@ -105,7 +105,7 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
     ],
 )
 def test_values_that_cannot_train_are_refused_by_flag(changes, expected):
-    args = dataclasses.replace(parse(), **changes)
+    args = dataclasses.replace(parse("--per_device_train_batch_size", "4"), **changes)
     with pytest.raises(ValueError, match="--") as error:
         check_arguments(args, world_size=2)
     assert expected in str(error.value)

@@ -50,7 +50,7 @@ class ZeroCenteredRMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """y = RMSNorm(x) · SiLU(gate), the gate applied in fp32 (Dao & Gu 2024, Mamba-2, §7)."""
+    """y = RMSNorm(x) · SiLU(gate), the gate applied in fp32 (Dao & Gu 2024, Mamba-2)."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, gate: torch.Tensor

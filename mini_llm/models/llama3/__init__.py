@@ -41,6 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def mixing_flops_per_token(config: "LlamaConfig", seq_len: int) -> float:
+    """Forward and backward of q kᵀ and of weights · v: 6 products of 2·T·H·d FLOPs a layer."""
+    heads = config.num_attention_heads * config.head_dim
+    return 12.0 * config.num_hidden_layers * heads * seq_len
+
+
 def config_class() -> "type[LlamaConfig]":
     """The stock config class: a checkpoint's config.json is transformers' own."""
     from transformers import LlamaConfig

@@ -1,6 +1,7 @@
 """A toy architecture, as models/README.md says to add one: Llama plus norms on queries and keys."""
 
 from ..llama3 import PRESETS as LLAMA3
+from ..llama3 import mixing_flops_per_token as mixing_flops_per_token
 
 PRESETS = {"toy_tiny": {**LLAMA3["mini_llama3_tiny"], "num_hidden_layers": 2}}
 

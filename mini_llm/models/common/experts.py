@@ -1,0 +1,214 @@
+"""Routed experts: E small SwiGLU blocks, of which a router picks K for every token.
+
+:func:`grouped_experts` sorts the (token, expert) pairs by expert and multiplies each expert's run
+of rows with its own matrix in one kernel: nothing loops over experts, and nothing asks the device
+how many tokens an expert got. :func:`eager_experts` is the readable reference. S = N·K is the
+number of (token, expert) pairs; the other letters are those of ``__init__.py``.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+class Experts(nn.Module):
+    """Σ_k g_k · FFN_{e_k}(x), the routed part of a mixture of experts (DeepSeekMoE 2024, eq. 3).
+
+    All experts' matrices are stacked, under the keys that transformers has for them in memory:
+    ``gate_up_proj`` (E, 2F, D), gate rows before up rows, and ``down_proj`` (E, D, F); on disk each
+    expert has its own, as on the hub. A model that holds this module inherits from
+    :class:`ExpertsModelMixin`. Raises ValueError for sizes that the grouped kernel cannot take.
+    """
+
+    # What transformers' own kernels, which a config may name, want to know of the module.
+    has_gate, has_bias, has_post_expert_norm = True, False, False
+    is_concatenated, is_transposed, _is_expert_parallel = True, False, False
+
+    def __init__(self, config: PreTrainedConfig, num_experts: int, intermediate_size: int) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, intermediate_size
+        if D % 8 or F_ % 8:
+            raise ValueError(
+                f"hidden_size {D} and moe_intermediate_size {F_} must be multiples of 8: grouped "
+                "matrix multiplication needs rows that begin at multiples of 16 bytes"
+            )
+        self.config = config
+        self.num_experts = num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * F_, D))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, D, F_))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden_ND: torch.Tensor,
+        top_k_index_NK: torch.Tensor,
+        top_k_weights_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tokens (N, D), their experts (N, K) int64 and gates (N, K) -> (N, D).
+
+        Computes in the autocast dtype where autocast is on, and returns hidden_ND's dtype.
+        """
+        experts, x_ND = self._in_compute_dtype(hidden_ND)
+        implementation = self.config._experts_implementation
+        if implementation is None and x_ND.dtype != torch.bfloat16:
+            # torch can trace the grouped kernel in bf16 only; transformers' has a stand-in for it.
+            implementation = "grouped_mm" if torch.compiler.is_compiling() else None
+        if implementation is None:
+            out_ND = grouped_experts(experts, x_ND, top_k_index_NK, top_k_weights_NK)
+        else:
+            compute = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts)
+            out_ND = compute(experts, x_ND, top_k_index_NK, top_k_weights_NK)
+        return out_ND.to(hidden_ND.dtype)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(…, 2F) -> (…, F): act(gate) · up. The name is transformers'."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def _in_compute_dtype(self, hidden_ND: torch.Tensor) -> "tuple[Experts, torch.Tensor]":
+        """(this module, hidden) with all matrices in one dtype, autocast's where autocast is on.
+
+        Autocast does not know the grouped kernel: without this a bf16 run would compute its experts
+        in fp32, silently (pytorch issue 174763).
+        """
+        dtype = autocast_dtype(hidden_ND)
+        if dtype is None:
+            return self, hidden_ND.to(self.gate_up_proj.dtype)
+        cast = copy(self)
+        cast._parameters = {name: w.to(dtype) for name, w in self.named_parameters()}  # type: ignore[misc]
+        return cast, hidden_ND.to(dtype)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in on x's device, or None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off on x's device: routers compute in fp32, whatever the run does."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def grouped_experts(
+    experts: Experts,
+    hidden_ND: torch.Tensor,
+    top_k_index_NK: torch.Tensor,
+    top_k_weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Every token through its K experts by two grouped matrix multiplications -> (N, D)."""
+    N, K = top_k_index_NK.shape
+    expert_S, pair_S = top_k_index_NK.flatten().sort()
+    # Expert e's rows end where the first larger index would be inserted.
+    each_expert = torch.arange(experts.num_experts, device=expert_S.device)
+    ends_E = torch.searchsorted(expert_S, each_expert, right=True, out_int32=True)
+    x_SD = hidden_ND[pair_S // K]
+    gate_up_S2F = F.grouped_mm(x_SD, experts.gate_up_proj.transpose(1, 2), offs=ends_E)
+    hidden_SF = experts._apply_gate(gate_up_S2F)
+    out_SD = F.grouped_mm(hidden_SF, experts.down_proj.transpose(1, 2), offs=ends_E)
+    # Back to the order of the tokens: sorted row s belongs to pair pair_S[s].
+    out_NKD = torch.zeros_like(out_SD).index_copy(0, pair_S, out_SD).view(N, K, -1)
+    return (out_NKD * top_k_weights_NK.unsqueeze(-1)).sum(1)
+
+
+def eager_experts(
+    experts: Experts,
+    hidden_ND: torch.Tensor,
+    top_k_index_NK: torch.Tensor,
+    top_k_weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    """The same, one expert after another -> (N, D): the readable reference."""
+    out_NKD = hidden_ND.new_zeros(*top_k_index_NK.shape, hidden_ND.shape[-1])
+    for e in range(experts.num_experts):
+        token, choice = (top_k_index_NK == e).nonzero(as_tuple=True)
+        gate_up = F.linear(hidden_ND[token], experts.gate_up_proj[e])
+        out_NKD[token, choice] = F.linear(experts._apply_gate(gate_up), experts.down_proj[e])
+    return (out_NKD * top_k_weights_NK.unsqueeze(-1)).sum(1)
+
+
+class ExpertsModelMixin:
+    """What a PreTrainedModel with :class:`Experts` inside tells transformers. Stands before it."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Yes. transformers guesses by searching the model's own source for its decorator."""
+        return True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the weights are laid out and initialised as by transformers' own class.
+
+        So that loading fuses and saving un-fuses the experts by transformers' own conversions.
+        """
+        return False
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
+        """None means :func:`grouped_experts`; "eager" the reference; else transformers' kernels."""
+        if requested_experts is None:
+            return None
+        return super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Experts):
+            std = self.config.initializer_range  # type: ignore[attr-defined]
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+def real_tokens(
+    attention_mask: Any, position_ids: torch.Tensor | None, batch_size: int
+) -> torch.Tensor | None:
+    """(B, T) bool, False on padding, or None where there is none.
+
+    Padding is what a (B, T) ``attention_mask`` hides or, in packed rows, the positions 0 that end a
+    row. (A real document of one token at the very end of a row looks the same, and predicts
+    nothing.)
+    """
+    if attention_mask is not None:
+        return attention_mask.bool() if attention_mask.ndim == 2 else None
+    if position_ids is None or position_ids.shape[1] == 1:
+        return None
+    alone = (position_ids == 0) & (F.pad(position_ids[:, 1:], (0, 1)) == 0)
+    padding = alone.flip(1).cumprod(1).flip(1)
+    return (padding == 0).expand(batch_size, -1)
+
+
+def count_expert_load(
+    routers: Sequence[nn.Module],
+    top_k_indices_NK: Sequence[torch.Tensor],
+    real_BT: torch.Tensor | None,
+    num_experts: int,
+) -> None:
+    """Add each router's (token, expert) pairs of real tokens to its ``tokens_per_expert`` (E,).
+
+    Called by the model, outside what gradient checkpointing computes twice, and only in training.
+    The count is a plain attribute (int64, None until the first forward): no dtype cast, checkpoint
+    or buffer broadcast of a wrapper touches it. ``training/balancing.py`` reads and resets it.
+    """
+    if not routers:
+        return
+    index_LS = torch.stack([index.flatten() for index in top_k_indices_NK])
+    if real_BT is None:
+        counted_LS = torch.ones_like(index_LS)
+    else:
+        K = top_k_indices_NK[0].shape[1]
+        counted_LS = real_BT.reshape(1, -1, 1).expand(len(routers), -1, K).flatten(1).long()
+    load_LE = index_LS.new_zeros(len(routers), num_experts).scatter_add_(1, index_LS, counted_LS)
+    for router, load_E in zip(routers, load_LE, strict=True):
+        so_far: torch.Tensor | None = router.tokens_per_expert  # type: ignore[assignment]
+        router.tokens_per_expert = load_E if so_far is None else so_far + load_E
