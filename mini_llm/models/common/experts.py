@@ -188,6 +188,28 @@ def real_tokens(
     return (padding == 0).expand(batch_size, -1)
 
 
+def row_balance_loss(
+    shares_LNE: torch.Tensor, chosen_LNE: torch.Tensor, num_chosen: int, real_BT: torch.Tensor
+) -> torch.Tensor:
+    """Σ over layers of the mean over rows of Σ_e f_e P_e: fp32 scalar, 1 a layer if balanced.
+
+    ``shares`` are a token's scores, summing to 1 over experts; ``chosen`` (0 or 1) marks the
+    ``num_chosen`` K experts that it counts for. f_e is the share of a row's tokens that count for
+    expert e, times E / K; P_e the mean of their scores for it. A product of means depends on what
+    the means are taken over: over rows, unlike over a batch, it does not change with the number of
+    rows in a batch. Padding counts neither as token nor as load.
+    """
+    E = shares_LNE.shape[-1]
+    real_BT1 = real_BT.unsqueeze(-1).float()
+    tokens_B1 = real_BT1.sum(1).clamp(min=1)
+
+    def row_mean(x_LNE: torch.Tensor) -> torch.Tensor:  # -> (L, B, E)
+        return (x_LNE.unflatten(1, real_BT.shape) * real_BT1).sum(2) / tokens_B1
+
+    f, P = row_mean(chosen_LNE) * (E / num_chosen), row_mean(shares_LNE)
+    return (f * P).sum(-1).mean(1).sum()
+
+
 def count_expert_load(
     routers: Sequence[nn.Module],
     top_k_indices_NK: Sequence[torch.Tensor],

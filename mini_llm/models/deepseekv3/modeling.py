@@ -33,6 +33,7 @@ from ..common.experts import (
     count_expert_load,
     full_precision,
     real_tokens,
+    row_balance_loss,
 )
 from ..common.loss import IGNORE_INDEX, LMHead, mean_loss
 from ..common.mlp import SwiGLU
@@ -339,21 +340,15 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
 def sequence_balance_loss(
     logits_LNE: torch.Tensor, num_experts_per_tok: int, real_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Σ over layers of the mean over rows of Σ_i f_i P_i (V3 eq. 17–20, without α): fp32 scalar.
+    """:func:`row_balance_loss` of the K highest scores and of scores normalised a token.
 
-    f_i is the share of a row's tokens that have expert i among their K highest scores, times E / K;
-    P_i the mean of its scores, normalised a token. A perfectly balanced row gives 1. Padding counts
-    neither as token nor as load.
+    V3 eq. 17–20, without α. The scores are the raw ones: neither bias nor groups choose here.
     """
-    scores = logits_LNE.sigmoid().unflatten(1, real_BT.shape)  # (L, B, T, E)
-    E = scores.shape[-1]
+    scores = logits_LNE.sigmoid()
     best = scores.topk(num_experts_per_tok, dim=-1).indices
-    hits = torch.zeros_like(scores).scatter_(-1, best, 1.0)
-    real_BT1 = real_BT.unsqueeze(-1).float()
-    tokens_B1 = real_BT1.sum(1).clamp(min=1)
-    f = (hits * real_BT1).sum(2) * (E / num_experts_per_tok) / tokens_B1
-    P = (scores / scores.sum(-1, keepdim=True) * real_BT1).sum(2) / tokens_B1
-    return (f * P).sum(-1).mean(1).sum()
+    chosen = torch.zeros_like(scores).scatter_(-1, best, 1.0)
+    shares = scores / scores.sum(-1, keepdim=True)
+    return row_balance_loss(shares, chosen, num_experts_per_tok, real_BT)
 
 
 def mtp_labels(labels_BT: torch.Tensor, same_document_BT: torch.Tensor, depth: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from ..common.experts import (
     count_expert_load,
     full_precision,
     real_tokens,
+    row_balance_loss,
 )
 from ..common.loss import LMHead, mean_loss
 from ..common.mlp import SwiGLU
@@ -531,21 +532,13 @@ class MiniQwen3NextForCausalLM(
 def sequence_balance_loss(
     logits_LNE: torch.Tensor, index_LNK: torch.Tensor, real_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Σ over layers of the mean over rows of Σ_e f_e P_e: fp32 scalar, 1 a layer if balanced.
+    """:func:`row_balance_loss` of the experts that tokens went to and of their probabilities.
 
-    f_e is the share of a row's tokens that chose expert e, times E / K; P_e the mean of their
-    probabilities for it (Fedus et al. 2021, eq. 4–6, here for K choices). A product of means
-    depends on what the means are taken over: over rows, unlike over a batch, it does not change
-    with the number of rows in a batch. Padding counts neither as token nor as load.
+    Fedus et al. 2021, eq. 4–6, here for K choices and a row at a time.
     """
     probabilities = logits_LNE.softmax(-1, dtype=torch.float32)
     chosen = torch.zeros_like(probabilities).scatter_(-1, index_LNK, 1.0)
-    E, K = probabilities.shape[-1], index_LNK.shape[-1]
-    real_BT1 = real_BT.unsqueeze(-1).float()
-    tokens_B1 = real_BT1.sum(1).clamp(min=1)
-    f = (chosen.unflatten(1, real_BT.shape) * real_BT1).sum(2) * (E / K) / tokens_B1
-    P = (probabilities.unflatten(1, real_BT.shape) * real_BT1).sum(2) / tokens_B1
-    return (f * P).sum(-1).mean(1).sum()
+    return row_balance_loss(probabilities, chosen, index_LNK.shape[-1], real_BT)
 
 
 def batch_balance_loss(
