@@ -114,7 +114,9 @@ class Qwen3NextGatedDeltaNet(nn.Module):
         history = state = None
         if past_key_values is not None:
             # The state first: once the convolution's inputs are in, the layer counts as begun.
-            state = past_key_values.get_recurrent_state(self.layer_idx)
+            # (Cache.get_recurrent_state is this, but younger than transformers 5.17.)
+            cached = past_key_values.layers[self.layer_idx]
+            state = cached.recurrent_states[0] if cached.has_previous_state[0] else None
             history = self._convolution_history(qkv, past_key_values)
         qkv = self.conv1d(qkv, history, boundaries)
         q, key, value = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
