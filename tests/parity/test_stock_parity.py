@@ -115,6 +115,27 @@ def test_a_packed_row_equals_its_documents_one_by_one(pair):
     assert (changed[:, :9] - packed[:, :9]).abs().max() > 1e-3
 
 
+def test_a_packed_rows_gradient_is_the_sum_of_its_documents_gradients(pair):
+    _, _, folder = pair
+    packed, separate = load_model(folder).train(), load_model(folder).train()
+    packed.gradient_checkpointing_enable({"use_reentrant": False})
+    lengths, padding = [9, 1, 1, 20], 4
+    tokens = _tokens(2, sum(lengths) + padding)
+    positions = torch.cat([torch.arange(n) for n in [*lengths, *[1] * padding]]).expand(2, -1)
+    labels = tokens.masked_fill(positions == 0, -100)  # nobody predicts a document's first token
+    packed(tokens, position_ids=positions, labels=labels, num_items_in_batch=50).loss.backward()
+    for part, target in zip(
+        tokens.split([*lengths, padding], 1)[:-1],
+        labels.split([*lengths, padding], 1)[:-1],
+        strict=True,
+    ):
+        if part.shape[1] > 1:
+            separate(part, labels=target, num_items_in_batch=50).loss.backward()
+    for (name, a), b in zip(packed.named_parameters(), separate.parameters(), strict=True):
+        if b.grad is not None:
+            assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max(), name
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_every_attention_implementation_gives_the_same_packed_logits(pair, implementation):
