@@ -279,8 +279,8 @@ def check_arguments(args: PretrainArguments, world_size: int) -> None:
         raise ValueError(f"--learning_rate is {args.learning_rate}; it must be in (0, 1)")
     if not 0 <= args.min_lr_ratio <= 1:
         raise ValueError(f"--min_lr_ratio is {args.min_lr_ratio}; it must be in [0, 1]")
-    if not 0 <= args.warmup <= args.max_steps:
-        raise ValueError(f"--warmup_steps is {args.warmup}; it must be in [0, --max_steps]")
+    if args.warmup < 0:
+        raise ValueError(f"--warmup_steps is {args.warmup}; it must not be negative")
     unknown = set(args.trackers) - {"tensorboard", "wandb"}
     if unknown:
         raise ValueError(f"--report_to: {sorted(unknown)[0]!r} is not tensorboard, wandb or none")

@@ -97,7 +97,7 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
         ({"global_batch_tokens": 2048 + 256}, "use a multiple of 2048 such as 2048 or 4096"),
         ({"global_batch_tokens": 256}, "--global_batch_tokens 256 cannot be divided"),
         ({"learning_rate": 30.0}, "--learning_rate"),
-        ({"warmup_steps": 10_000}, "--warmup_steps"),
+        ({"warmup_steps": -1}, "--warmup_steps"),
         ({"report_to": "mlflow"}, "--report_to"),
         ({"save_total_limit": 0}, "--save_total_limit"),
         ({"max_steps": 0}, "--max_steps"),

@@ -40,5 +40,13 @@ def test_schedule_warms_up_linearly_peaks_and_falls_to_the_given_share():
     assert falling == sorted(falling, reverse=True)
 
 
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+    rates = [
+        learning_rate_at(step, peak=1.0, max_steps=5, warmup_steps=10, min_lr_ratio=0.1)
+        for step in range(1, 6)
+    ]
+    assert rates == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
 def test_no_warmup_begins_below_the_peak_and_never_divides_by_zero():
     assert learning_rate_at(1, peak=1.0, max_steps=1, warmup_steps=0, min_lr_ratio=0.5) == 0.5
