@@ -136,7 +136,7 @@ def test_a_packed_rows_gradient_is_the_sum_of_its_documents_gradients(pair):
             assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
 def test_every_attention_implementation_gives_the_same_packed_logits(pair, implementation):
     ours, _, folder = pair

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from .loss import LMHead
 
 
 class MiniPreTrainedModel(PreTrainedModel):
@@ -17,6 +16,7 @@ class MiniPreTrainedModel(PreTrainedModel):
     """
 
     stock_architecture: str
+    embed_tokens: nn.Embedding  # of the decoder
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
@@ -29,32 +29,17 @@ class MiniPreTrainedModel(PreTrainedModel):
         """
         return True
 
+    def embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tokens (B, T), or in their place embeddings (B, T, D), -> embeddings (B, T, D)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """transformers' save_pretrained, with the stock class named in config.json."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.config.architectures = [self.stock_architecture]
             self.config.save_pretrained(save_directory)
-
-
-class OutputEmbeddingsMixin:
-    """get/set of the LM head that keeps it an :class:`LMHead`.
-
-    ``resize_token_embeddings`` installs a plain nn.Linear, which cannot compute the loss.
-    """
-
-    lm_head: LMHead
-
-    def get_output_embeddings(self) -> LMHead:
-        """The LM head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Take over ``new_embeddings``' weight."""
-        head = LMHead(1, 1, bias=False, device="meta")
-        head.in_features, head.out_features = (
-            new_embeddings.in_features,
-            new_embeddings.out_features,
-        )
-        head.weight = new_embeddings.weight
-        self.lm_head = head

@@ -16,9 +16,17 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 8 M, i.e. 256 tokens of a 32k vocabulary
 
 
-def shift_labels(labels_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T) labels aligned with the inputs -> (B·T,) targets: token t answers for label t + 1."""
-    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+def next_tokens(
+    labels_BT: torch.Tensor | None, shift_labels_BT: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """(B, T) targets, position t's being the label of t + 1; None if there are no labels.
+
+    ``labels_BT`` are aligned with the inputs. ``shift_labels_BT``, shifted already, wins over them:
+    whoever cuts a row into pieces (sequence parallelism) must shift before the cut.
+    """
+    if shift_labels_BT is not None or labels_BT is None:
+        return shift_labels_BT
+    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def linear_cross_entropy_reference(
@@ -90,30 +98,16 @@ def linear_cross_entropy(
 
 
 class LMHead(nn.Linear):
-    """The output projection; given labels it returns the summed loss instead of logits.
+    """The output projection; given targets it returns the summed loss instead of logits.
 
     The loss is computed inside this module so that ZeRO-3, which gathers a module's weights around
     its forward, finds the weight that the loss needs.
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, D) -> logits (B, T, V), or with labels (B, T) -> Σ loss, fp32 scalar."""
-        if labels is None:
+        """(B, T, D) -> logits (B, T, V), or with targets (B, T) -> Σ loss, fp32 scalar."""
+        if targets is None:
             return super().forward(hidden_states)
-        targets_N = shift_labels(labels)
-        return linear_cross_entropy(hidden_states.flatten(0, 1), self.weight, targets_N)
-
-
-def mean_loss(
-    loss_sum: torch.Tensor, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
-    """loss_sum per supervised token.
-
-    ``num_items_in_batch`` (what transformers calls it) is the number of supervised tokens of the
-    whole optimizer step; without it the mean is over this batch's own.
-    """
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels_BT[:, 1:] != IGNORE_INDEX).sum()
-    return loss_sum / num_items_in_batch
+        return linear_cross_entropy(hidden_states.flatten(0, 1), self.weight, targets.flatten())

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 
@@ -93,3 +93,10 @@ def apply_rotary_pos_emb(
         return torch.cat((turned * cos + rotate_half(turned) * sin, kept), -1)
 
     return rotate(query_BHTd), rotate(key_BKTd)
+
+
+def positions_after(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+    """(1, T) positions of tokens (B, T, D) that follow what the cache has seen, 0 … T−1 without."""
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+    return positions.unsqueeze(0)

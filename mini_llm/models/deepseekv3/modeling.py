@@ -26,7 +26,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..common.attention import attend, prepare_attention
-from ..common.base import MiniPreTrainedModel, OutputEmbeddingsMixin
+from ..common.base import MiniPreTrainedModel
+from ..common.causal_lm import CausalLM
 from ..common.experts import (
     Experts,
     ExpertsModelMixin,
@@ -35,10 +36,10 @@ from ..common.experts import (
     real_tokens,
     row_balance_loss,
 )
-from ..common.loss import IGNORE_INDEX, LMHead, mean_loss
+from ..common.loss import IGNORE_INDEX, next_tokens
 from ..common.mlp import SwiGLU
 from ..common.norm import RMSNorm
-from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb
+from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
 def softmax_scaling(config: DeepseekV3Config) -> float:
@@ -351,15 +352,16 @@ def sequence_balance_loss(
     return row_balance_loss(shares, chosen, num_experts_per_tok, real_BT)
 
 
-def mtp_labels(labels_BT: torch.Tensor, same_document_BT: torch.Tensor, depth: int) -> torch.Tensor:
-    """Labels with which position t of depth k answers for token t + 1 + k.
+def mtp_targets(
+    targets_BT: torch.Tensor, same_document_BT: torch.Tensor, depth: int
+) -> torch.Tensor:
+    """Depth k's targets: at position t token t + 1 + k, which is the main model's target of t + k.
 
-    The head shifts labels by one, so entry t + 1 holds labels[t + 1 + k], or −100 where
-    ``same_document_BT`` (see :func:`reaches`, for k + 1 tokens) says that it lies elsewhere.
+    −100 where ``same_document_BT`` (see :func:`reaches`, for k + 1 tokens) says that it lies
+    elsewhere.
     """
-    ahead = F.pad(labels_BT[:, depth + 1 :], (0, min(depth + 1, labels_BT.shape[1])), value=-100)
-    targets_BT = ahead.masked_fill(~same_document_BT, IGNORE_INDEX)
-    return F.pad(targets_BT[:, :-1], (1, 0), value=IGNORE_INDEX)
+    ahead = F.pad(targets_BT[:, depth:], (0, min(depth, targets_BT.shape[1])), value=IGNORE_INDEX)
+    return ahead.masked_fill(~same_document_BT, IGNORE_INDEX)
 
 
 def reaches(position_ids: torch.Tensor, real_BT: torch.Tensor, tokens_ahead: int) -> torch.Tensor:
@@ -475,10 +477,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         its documents do not see each other. In training the experts' load is counted, and
         ``balance_loss`` is there.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, attention_kwargs = prepare_attention(
@@ -486,9 +485,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         )
         real = self.real_tokens(inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = positions_after(inputs_embeds, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -530,7 +527,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         )
         real = self.real_tokens(inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
-            position_ids = torch.arange(T, device=inputs_embeds.device).unsqueeze(0)
+            position_ids = positions_after(inputs_embeds, None)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         first = self.config.num_hidden_layers
         for depth, layer in enumerate(self.layers[first:], start=1):
@@ -581,19 +578,10 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         return sequence_balance_loss(logits_LNE, self.config.num_experts_per_tok, real_BT)
 
 
-class MiniDeepseekV3ForCausalLM(
-    OutputEmbeddingsMixin, MiniDeepseekV3PreTrainedModel, GenerationMixin
-):
-    """The decoder with a language-model head, usually tied to the input embedding."""
+class MiniDeepseekV3ForCausalLM(CausalLM, MiniDeepseekV3PreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head, which the MTP layers share."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: DeepseekV3Config) -> None:
-        super().__init__(config)
-        self.model = MiniDeepseekV3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = MiniDeepseekV3Model
 
     @can_return_tuple
     def forward(
@@ -607,24 +595,23 @@ class MiniDeepseekV3ForCausalLM(
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         predict_further: bool | None = None,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
-        """Tokens (B, T) -> logits (B, T, V), and the losses if there are ``labels`` (B, T).
+        """Tokens (B, T) -> logits (B, T, V), and the losses if there are labels.
 
-        Labels are aligned with the inputs (the shift happens here), −100 where nothing is to be
-        predicted. ``loss`` is Σ / ``num_items_in_batch``, by default the batch's own supervised
-        tokens. ``skip_logits`` (default: while training with labels) leaves the logits out, so that
-        their full matrix never exists. ``logits_to_keep`` n > 0 computes the last n positions'.
+        Arguments, ``loss`` and ``logits`` are those of :meth:`CausalLM.forward`.
 
         ``mtp_loss`` is the mean over MTP depths of Σ / ``num_items_in_batch``, by default the
         depth's own targets (V3 eq. 24–25 without λ); ``predict_further`` turns it on or off
         (default: while training with labels). ``balance_loss``, in training, is
         :func:`sequence_balance_loss`. Neither is part of ``loss``.
         """
+        targets = next_tokens(labels, shift_labels)
         if predict_further is None:
-            predict_further = self.training and labels is not None
+            predict_further = self.training and targets is not None
         predict_further = predict_further and self.config.num_nextn_predict_layers > 0
         if predict_further and inputs_embeds is None:  # the MTP layers read the embeddings too
             inputs_embeds, input_ids = self.model.embed_tokens(input_ids), None
@@ -639,35 +626,32 @@ class MiniDeepseekV3ForCausalLM(
         )
         hidden_states = outputs.last_hidden_state
         balance_loss = outputs.balance_loss
-        loss = logits = mtp_loss = None
-        if labels is not None:
-            loss_sum = self.lm_head(hidden_states, labels=labels)
-            loss = mean_loss(loss_sum, labels, num_items_in_batch)
+        loss, logits = self.loss_and_logits(
+            hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+        )
+        mtp_loss = None
         if predict_further:
-            if labels is None or inputs_embeds is None or past_key_values is not None:
+            if targets is None or inputs_embeds is None or past_key_values is not None:
                 raise ValueError("predict_further needs labels, and no past_key_values")
             depths = self.model.predict_further(
                 hidden_states, inputs_embeds, attention_mask, position_ids, **kwargs
             )
             losses = []
             for depth, (further_BTD, answers_BT, depth_balance_loss) in enumerate(depths, start=1):
-                depth_labels = mtp_labels(labels, answers_BT, depth)
-                targets = num_items_in_batch
-                if targets is None:
-                    targets = (depth_labels != IGNORE_INDEX).sum().clamp(min=1)
-                losses.append(self.lm_head(further_BTD, labels=depth_labels) / targets)
+                depth_targets = mtp_targets(targets, answers_BT, depth)
+                items = num_items_in_batch
+                if items is None:
+                    items = (depth_targets != IGNORE_INDEX).sum().clamp(min=1)
+                losses.append(self.lm_head(further_BTD, targets=depth_targets) / items)
                 if depth_balance_loss is not None:
                     balance_loss = depth_balance_loss + (
                         0 if balance_loss is None else balance_loss
                     )
             mtp_loss = torch.stack(losses).mean()
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self.lm_head(hidden_states[:, keep, :])
+            if loss is not None:
+                # DDP asks every parameter to take part in what is differentiated, also when that
+                # is the loss alone.
+                loss = loss + 0 * mtp_loss
         return DeepseekV3CausalLMOutput(
             loss=loss,
             logits=logits,

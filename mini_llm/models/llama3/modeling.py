@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.attention import attend, prepare_attention
-from ..common.base import MiniPreTrainedModel, OutputEmbeddingsMixin
-from ..common.loss import LMHead, mean_loss
+from ..common.base import MiniPreTrainedModel
+from ..common.causal_lm import CausalLM
 from ..common.mlp import SwiGLU
 from ..common.norm import RMSNorm
-from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb
+from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
 class Llama3Attention(nn.Module):
@@ -136,19 +136,14 @@ class MiniLlama3Model(MiniLlama3PreTrainedModel):
         ``position_ids`` (B, T) that restart at 0, without an ``attention_mask``, are a packed row:
         its documents do not see each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, attention_kwargs = prepare_attention(
             self.config, inputs_embeds, attention_mask, position_ids, past_key_values
         )
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = positions_after(inputs_embeds, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -166,65 +161,7 @@ class MiniLlama3Model(MiniLlama3PreTrainedModel):
         )
 
 
-class MiniLlama3ForCausalLM(OutputEmbeddingsMixin, MiniLlama3PreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head, usually tied to the input embedding."""
+class MiniLlama3ForCausalLM(CausalLM, MiniLlama3PreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head; its forward is :meth:`CausalLM.forward`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.model = MiniLlama3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        skip_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Tokens (B, T) -> logits (B, T, V), and the loss if there are ``labels`` (B, T).
-
-        Labels are aligned with the inputs (the shift happens here), −100 where nothing is to be
-        predicted. The loss is Σ / ``num_items_in_batch``, by default the batch's own supervised
-        tokens. ``skip_logits`` (default: while training with labels) leaves the logits out, so that
-        their full matrix never exists. ``logits_to_keep`` n > 0 computes the last n positions'.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            loss_sum = self.lm_head(hidden_states, labels=labels)
-            loss = mean_loss(loss_sum, labels, num_items_in_batch)
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self.lm_head(hidden_states[:, keep, :])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    decoder_class = MiniLlama3Model

@@ -23,7 +23,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..common.attention import attend, packed_documents, prepare_attention_within
-from ..common.base import MiniPreTrainedModel, OutputEmbeddingsMixin
+from ..common.base import MiniPreTrainedModel
+from ..common.causal_lm import CausalLM
 from ..common.delta_net import Boundaries, delta_rule, find_kernels, short_convolution
 from ..common.documents import document_ids
 from ..common.experts import (
@@ -34,10 +35,10 @@ from ..common.experts import (
     real_tokens,
     row_balance_loss,
 )
-from ..common.loss import LMHead, mean_loss
+from ..common.loss import next_tokens
 from ..common.mlp import SwiGLU
 from ..common.norm import GatedRMSNorm, ZeroCenteredRMSNorm
-from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb
+from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
 class ShortConvolution(nn.Conv1d):
@@ -369,10 +370,7 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
         of one mask a layer type (what ``generate`` makes for static caches) is used as it is. In
         training the experts' load is counted, and ``balance_loss`` is there.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         B, T, _ = inputs_embeds.shape
@@ -396,9 +394,7 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
                 document_ids(position_ids, B), documents.cu_seq_lens(inputs_embeds.device)
             )
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(T, device=inputs_embeds.device) + seen
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = positions_after(inputs_embeds, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -447,19 +443,10 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
         return sequence_balance_loss(logits_LNE, torch.stack(indices), real_BT)
 
 
-class MiniQwen3NextForCausalLM(
-    OutputEmbeddingsMixin, MiniQwen3NextPreTrainedModel, GenerationMixin
-):
+class MiniQwen3NextForCausalLM(CausalLM, MiniQwen3NextPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head, usually tied to the input embedding."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: Qwen3NextConfig) -> None:
-        super().__init__(config)
-        self.model = MiniQwen3NextModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = MiniQwen3NextModel
 
     @can_return_tuple
     def forward(
@@ -474,15 +461,13 @@ class MiniQwen3NextForCausalLM(
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MiniQwen3NextCausalLMOutput:
-        """Tokens (B, T) -> logits (B, T, V), and the loss if there are ``labels`` (B, T).
+        """Tokens (B, T) -> logits (B, T, V), and the losses if there are labels.
 
-        Labels are aligned with the inputs (the shift happens here), −100 where nothing is to be
-        predicted. The loss is Σ / ``num_items_in_batch``, by default the batch's own supervised
-        tokens. ``skip_logits`` (default: while training with labels) leaves the logits out, so that
-        their full matrix never exists. ``logits_to_keep`` n > 0 computes the last n positions'.
+        Arguments, ``loss`` and ``logits`` are those of :meth:`CausalLM.forward`.
 
         ``balance_loss``, in training, is :func:`sequence_balance_loss`, for the caller to scale and
         add. ``output_router_logits`` (default: the config's) is transformers' own way: it returns
@@ -501,24 +486,20 @@ class MiniQwen3NextForCausalLM(
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = aux_loss = None
-        if labels is not None:
-            loss_sum = self.lm_head(hidden_states, labels=labels)
-            loss = mean_loss(loss_sum, labels, num_items_in_batch)
+        loss, logits = self.loss_and_logits(
+            outputs.last_hidden_state,
+            next_tokens(labels, shift_labels),
+            num_items_in_batch,
+            logits_to_keep,
+            skip_logits,
+        )
+        aux_loss = None
         if output_router_logits and outputs.router_logits:
             aux_loss = batch_balance_loss(
                 outputs.router_logits, self.config.num_experts_per_tok, attention_mask
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self.lm_head(hidden_states[:, keep, :])
         return MiniQwen3NextCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,

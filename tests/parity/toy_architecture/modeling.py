@@ -6,14 +6,16 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from ..common.attention import attend, prepare_attention
-from ..common.base import MiniPreTrainedModel, OutputEmbeddingsMixin
-from ..common.loss import LMHead, mean_loss
+from ..common.base import MiniPreTrainedModel
+from ..common.causal_lm import CausalLM
 from ..common.mlp import SwiGLU
 from ..common.norm import RMSNorm
-from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb
+from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
 class ToyAttention(nn.Module):
@@ -32,7 +34,7 @@ class ToyAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, cos_sin: Any, mask: Any, cache: Cache | None, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = x.shape
 
         def heads(y: torch.Tensor) -> torch.Tensor:
@@ -44,8 +46,8 @@ class ToyAttention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *cos_sin)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        output, _ = attend(self, q, k, v, mask, scaling=self.config.head_dim**-0.5, **kwargs)
-        return self.o_proj(output.reshape(B, T, -1))
+        output, weights = attend(self, q, k, v, mask, scaling=self.config.head_dim**-0.5, **kwargs)
+        return self.o_proj(output.reshape(B, T, -1)), weights
 
 
 class ToyLayer(GradientCheckpointingLayer):
@@ -57,7 +59,7 @@ class ToyLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, *attention: Any) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        x = x + self.self_attn(self.input_layernorm(x), *attention)[0]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -66,6 +68,8 @@ class ToyPreTrainedModel(MiniPreTrainedModel):
     base_model_prefix = "model"
     stock_architecture = "Qwen3ForCausalLM"
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_record_outputs = {"hidden_states": ToyLayer, "attentions": ToyAttention}
 
 
 class ToyModel(ToyPreTrainedModel):
@@ -78,52 +82,31 @@ class ToyModel(ToyPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        x = self.embed_tokens(input_ids)
+        x = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, kwargs = prepare_attention(
             self.config, x, attention_mask, position_ids, past_key_values
         )
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+            position_ids = positions_after(x, past_key_values)
         cos_sin = self.rotary_emb(x, position_ids)
         for layer in self.layers:
             x = layer(x, cos_sin, mask, past_key_values, kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)
 
 
-class ToyForCausalLM(OutputEmbeddingsMixin, ToyPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__(config)
-        self.model = ToyModel(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        skip_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        outputs = self.model(input_ids, **kwargs)
-        loss = logits = None
-        if labels is not None:
-            loss = self.lm_head(outputs.last_hidden_state, labels=labels)
-            loss = mean_loss(loss, labels, num_items_in_batch)
-        if not (self.training and labels is not None if skip_logits is None else skip_logits):
-            logits = self.lm_head(outputs.last_hidden_state)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values)
+class ToyForCausalLM(CausalLM, ToyPreTrainedModel, GenerationMixin):
+    decoder_class = ToyModel
