@@ -235,6 +235,7 @@ def run_with_timeout(
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()
                 process.wait()
+                psutil.wait_procs(family, timeout=10)  # a killed process takes a moment to go
         output.seek(0)
         return code, output.read()
 
