@@ -3,23 +3,35 @@
     python data_tools/prepare_pretrain.py --input data/fineweb/4_5 --tokenizer data/tokenizer \\
         --output_dir data/fineweb_packed --seq_len 2048
 
-Reads parquet with the columns text, score, source and DeepCtrl jsonl. The result depends on the
-text, the tokenizer and the options, not on --num_proc. The rows are shuffled in memory.
+Reads parquet with the columns text, score, source and DeepCtrl jsonl; with --input_format tokens,
+ready-made headerless uint16 .bin files. The same text, tokenizer and options give the same bytes,
+whatever --num_proc is and however often the preparation was interrupted.
+
+The input is cut into units of some files, or of a part of one, with about 8,000 documents each.
+1. Processes tokenise and pack one unit each, into OUTPUT_DIR/unfinished/. Run again after an
+   interruption, units that are done are kept.
+2. The rows of all units are shuffled over the disk into the final files; the manifest comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +41,7 @@ from tokenizers import Tokenizer
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mini_llm.data.durable import TEMPORARY_SUFFIX, complete_or_absent
 from mini_llm.data.manifest import (
     MANIFEST_NAME,
     TRAIN,
@@ -39,31 +52,50 @@ from mini_llm.data.manifest import (
     load_manifest,
     write_manifest,
 )
-from mini_llm.data.packed_files import write_rows
-from mini_llm.data.packing import (
-    MIN_SEQ_LEN,
-    PackedRows,
-    PackingStats,
-    pack_documents,
-)
+from mini_llm.data.packing import MIN_SEQ_LEN, PackingStats, pack_documents
 from mini_llm.data.text_files import (
+    TEXT_SUFFIXES,
+    BadFileError,
     Document,
+    Piece,
     Rejected,
-    find_text_files,
-    read_documents,
+    check_text_file,
+    clean_text,
+    list_files,
+    read_piece,
+    text_pieces,
 )
-from mini_llm.data.tokenizer import (
-    load_tokenizer,
-    text_encoder,
-    tokenizer_fingerprint,
+from mini_llm.data.token_files import (
+    TOKEN_SUFFIXES,
+    TokenReader,
+    check_token_file,
+    token_pieces,
+)
+from mini_llm.data.tokenizer import load_tokenizer, text_encoder, tokenizer_fingerprint
+from mini_llm.data.unit_files import (
+    read_array,
+    read_record,
+    remove_unit,
+    row_arrays,
+    write_shuffled,
+    write_unit,
 )
 
-DOCUMENTS_PER_BATCH = 256
-# Best fit needs choice: with 8,192 documents at hand a row of 2,048 is > 99.5% full.
-WINDOW_DOCUMENTS = 8192
-BATCHES_IN_FLIGHT_PER_PROCESS = 4
+# A unit is full with so many documents or bytes of text, whichever comes first. Best fit needs
+# choice: with 8,192 documents at hand a row of 2,048 is > 99.5% full.
+UNIT_DOCUMENTS = 8192
+UNIT_BYTES = 64 << 20
+# One call of the tokenizer; its result weighs about 100 times the text.
+BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 1 << 20
 PROGRESS_SECONDS = 10.0
 SAMPLED_BYTES = 64 * 1024
+# Part of what makes a unit: raise it when the same input should give other units.
+UNIT_VERSION = 1
+WORK_NAME = "unfinished"
+QUARANTINE_NAME = "quarantine.jsonl"
+DUPLICATE = "duplicate"
+DUPLICATE_PARTITIONS = 16
 
 
 def main() -> None:
@@ -89,6 +121,13 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
         required=True,
         help="parquet (text, score, source) or DeepCtrl jsonl: files, or folders of them",
     )
+    parser.add_argument(
+        "--input_format",
+        choices=["text", "tokens"],
+        default="text",
+        help="tokens: headerless uint16 .bin files made with --tokenizer, each document ending "
+        "with its end-of-document id; what follows the last end of a file is counted, not used",
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens per row")
@@ -99,6 +138,24 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
         help="share of the documents, chosen by a hash of their text, that is held out",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the rows")
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="line ends to \\n; without control characters, byte order marks, white space at the "
+        "end of lines and empty lines around the text; else a text is kept exactly as it is",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="keep only the first of documents with the same text (by 64 bits of its SHA-256); "
+        "reads the input twice and takes about 16 bytes of memory per document",
+    )
+    parser.add_argument(
+        "--skip_bad_files",
+        action="store_true",
+        help="leave out files that are damaged or have other columns, and list them in the "
+        "manifest, instead of stopping",
+    )
     parser.add_argument(
         "--num_proc", type=int, default=available_cpus(), help="processes that tokenise"
     )
@@ -112,8 +169,9 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     parser.add_argument(
         "--max_tokens_in_memory",
         type=int,
-        default=8_000_000_000,
-        help="stop when the rows to shuffle exceed this (2 bytes per token, twice at the end)",
+        default=2**28,
+        help="tokens that the shuffle holds at once (2 bytes each, 4 with more than 65,536 ids); "
+        "more is faster and gives the same result",
     )
     return parser.parse_args(command_line)
 
@@ -131,71 +189,155 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
     Raises ValueError or OSError, naming the flag, for bad input.
     """
     check_arguments(arguments)
-    files = find_text_files(arguments.input)
+    is_text = arguments.input_format == "text"
+    paths = list_files(arguments.input, TEXT_SUFFIXES if is_text else TOKEN_SUFFIXES)
     tokenizer = load_tokenizer(arguments.tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer: {arguments.tokenizer} has no end-of-document token (eos)")
     vocabulary = TokenizerEntry(tokenizer_fingerprint(arguments.tokenizer), len(tokenizer))
+    settings = Settings(
+        tokenizer=str(arguments.tokenizer),
+        tokenizer_fingerprint=vocabulary.fingerprint,
+        vocab_size=vocabulary.vocab_size,
+        end_of_document=tokenizer.eos_token_id,
+        is_text=is_text,
+        clean=arguments.clean,
+        validation_fraction=arguments.validation_fraction,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+    )
+    skipped: dict[str, str] = {}
+    for path in paths:
+        try:
+            check_file(path, settings)
+        except BadFileError as error:
+            skip_or_raise(error, skipped, arguments.skip_bad_files)
+    files = [InputFile.of(path) for path in paths]
     options = {
-        "inputs": [describe_file(file) for file in files],
+        "inputs": [file.description for file in files],
+        "input_format": arguments.input_format,
         "validation_fraction": arguments.validation_fraction,
         "seed": arguments.seed,
+        "clean": arguments.clean,
+        "deduplicate": arguments.deduplicate,
+        "skip_bad_files": arguments.skip_bad_files,
         "rows_per_file": arguments.rows_per_file,
         "row_group_rows": arguments.row_group_rows,
     }
-    finished = reusable_manifest(arguments.output_dir, options, vocabulary, arguments.seq_len)
-    if finished is not None:
-        print(f"{arguments.output_dir} is already prepared with these options: nothing to do")
-        return finished
-    clear_unfinished(arguments.output_dir)
 
+    def finished() -> Manifest | None:
+        return reusable_manifest(arguments.output_dir, options, vocabulary, arguments.seq_len)
+
+    said = f"{arguments.output_dir} is already prepared with these options: nothing to do"
+    if (manifest := finished()) is not None and not (arguments.output_dir / WORK_NAME).exists():
+        print(said)
+        return manifest
+    check_no_foreign_files(arguments.output_dir)
+    with only_preparation_of(arguments.output_dir) as work:
+        if (manifest := finished()) is not None:
+            print(said)
+        else:
+            clear_unfinished(arguments.output_dir)
+            files = [file for file in files if str(file.path) not in skipped]
+            with explained_full_disk(work):
+                manifest = prepare_files(
+                    files, arguments, replace(settings, work=str(work)), options, skipped
+                )
+        shutil.rmtree(work)
+    return manifest
+
+
+def prepare_files(
+    files: list[InputFile],
+    arguments: argparse.Namespace,
+    settings: Settings,
+    options: dict[str, Any],
+    skipped: dict[str, str],
+) -> Manifest:
+    """Go through all stages and write the manifest; `skipped` gets the bad files that turn up."""
     started = time.monotonic()
-    rejected: Counter[str] = Counter()
-    dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 2**16 else np.uint32)
-    outputs = {name: SplitRows(name, arguments.seq_len, dtype) for name in (TRAIN, VALIDATION)}
-    progress = Progress()
-    batches = tokenise_batches(
-        document_batches(files, rejected),
-        Encoder(arguments.tokenizer, tokenizer.eos_token_id, arguments.validation_fraction, dtype),
-        arguments.num_proc,
-    )
-    for batch in batches:
-        for name, output in outputs.items():
-            output.add(batch, np.asarray(batch.is_validation) == (name == VALIDATION))
-        tokens = sum(output.tokens for output in outputs.values())
-        if tokens > arguments.max_tokens_in_memory:
-            raise ValueError(
-                f"--input: more than {arguments.max_tokens_in_memory:,} tokens to shuffle in "
-                "memory; prepare fewer files at a time into several folders, or raise "
-                "--max_tokens_in_memory"
-            )
-        progress.report(tokens)
+    units = plan_units(files, settings)
 
-    splits = {
-        name: output.write(
-            arguments.output_dir,
-            arguments.seed,
-            rows_per_file=arguments.rows_per_file,
-            row_group_rows=arguments.row_group_rows,
-        )
-        for name, output in outputs.items()
-    }
-    if not splits[TRAIN].rows:
+    def run(stage: str, jobs: Callable[[], list[Job]]) -> None:
+        # Without the files that turned out to be bad, other units have to be done again.
+        while bad := run_jobs(stage, jobs(), settings, arguments.num_proc):
+            for error in bad:
+                skip_or_raise(error, skipped, arguments.skip_bad_files)
+
+    def kept_units() -> list[Unit]:
+        return [unit.without(skipped) for unit in units]
+
+    if arguments.deduplicate:
+        run("hash", lambda: [Job(HASH, unit) for unit in kept_units()])
+    run("tokenise", lambda: tokenise_jobs(kept_units(), arguments.deduplicate, settings))
+
+    work = Path(settings.work)
+    names = [unit.name for unit in units]
+    records = [record for name in names if (record := read_record(work, name)) is not None]
+    rejected: Counter[str] = Counter()
+    for record in records:
+        rejected.update(record["rejected"])
+    held_out, held_out_stats = pack_held_out(names, settings)
+    train_stats = sum((PackingStats(**record["packing"]) for record in records), PackingStats())
+    if not train_stats.rows:
         raise ValueError(
             f"--input: no training document is left ({sum(rejected.values())} rows rejected); "
             "give more text or a smaller --validation_fraction"
         )
+    splits = {}
+    for split, units_of_split, stats in (
+        (TRAIN, names, train_stats),
+        (VALIDATION, held_out, held_out_stats),
+    ):
+        progress = Progress(f"shuffle {split}", stats.rows)
+        entries = []
+        for entry in write_shuffled(
+            arguments.output_dir,
+            split,
+            work,
+            units_of_split,
+            rows_per_file=arguments.rows_per_file,
+            row_group_rows=arguments.row_group_rows,
+            max_rows_in_memory=arguments.max_tokens_in_memory // arguments.seq_len,
+        ):
+            entries.append(entry)
+            progress.add(entry.rows, entry.tokens)
+        sources: Counter[str] = Counter()
+        for record in records:
+            sources.update(record["documents_per_source"][split])
+        splits[split] = Split(
+            rows=stats.rows,
+            tokens=stats.tokens,
+            documents=stats.documents,
+            bytes=sum(record["bytes"][split] for record in records),
+            documents_per_source=dict(sorted(sources.items())),
+            utilisation=round(stats.utilisation(arguments.seq_len), 6),
+            split_fraction=round(stats.split_fraction, 6),
+            files=entries,
+        )
+    input_rows = sum(record["input_rows"] for record in records)
+    documents = sum(split.documents for split in splits.values())
+    if input_rows != documents + sum(rejected.values()):
+        raise RuntimeError(
+            f"{input_rows} rows were read but {documents} documents written and "
+            f"{sum(rejected.values())} rejected: a mistake of this program"
+        )
+    write_quarantine(arguments.output_dir / QUARANTINE_NAME, names, work)
     manifest = write_manifest(
         arguments.output_dir,
         Manifest(
             seq_len=arguments.seq_len,
-            tokenizer=vocabulary,
+            tokenizer=TokenizerEntry(settings.tokenizer_fingerprint, settings.vocab_size),
             splits=splits,
             rejected=dict(sorted(rejected.items())),
             options=options,
+            input_rows=input_rows,
+            skipped_files=[
+                {"name": Path(file).name, "reason": reason} for file, reason in skipped.items()
+            ],
         ),
     )
-    report(manifest, time.monotonic() - started)
+    report(manifest, arguments.output_dir, time.monotonic() - started)
     return manifest
 
 
@@ -207,9 +349,44 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--validation_fraction must lie in [0, 1), got {arguments.validation_fraction}"
         )
-    for flag in ("num_proc", "rows_per_file", "row_group_rows", "max_tokens_in_memory"):
+    for flag in ("num_proc", "rows_per_file", "row_group_rows"):
         if getattr(arguments, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(arguments, flag)}")
+    tokens_per_file = arguments.rows_per_file * arguments.seq_len
+    if arguments.max_tokens_in_memory < tokens_per_file:
+        raise ValueError(
+            f"--max_tokens_in_memory {arguments.max_tokens_in_memory} is less than one output file "
+            f"({tokens_per_file:,} tokens); raise it or lower --rows_per_file"
+        )
+    if arguments.clean and arguments.input_format == "tokens":
+        raise ValueError("--clean works on text; leave it out with --input_format tokens")
+
+
+# Files and units
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An input file as it is when the preparation starts.
+
+    `stamp` (size, time of change, inode) shows a file that is replaced during the run;
+    `description` identifies the content, in the manifest too.
+    """
+
+    path: Path
+    stamp: tuple[int, int, int]
+    description: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> InputFile:
+        """Look at a file: its stamp first, so that a change while it is read shows."""
+        return cls(path, file_stamp(path), describe_file(path))
+
+
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def describe_file(file: Path) -> dict[str, Any]:
@@ -224,6 +401,85 @@ def describe_file(file: Path) -> dict[str, Any]:
         content.seek(max(0, size - SAMPLED_BYTES))
         digest.update(content.read())
     return {"name": file.name, "bytes": size, "sampled_sha256": digest.hexdigest()}
+
+
+def check_file(file: Path, settings: Settings) -> None:
+    """Raise BadFileError for a file that cannot be used; say which columns are not used."""
+    if settings.is_text:
+        if unused := check_text_file(file):
+            print(f"{file}: the columns {', '.join(unused)} are not used")
+    else:
+        check_token_file(
+            file, Path(settings.tokenizer), settings.vocab_size, settings.end_of_document
+        )
+
+
+def skip_or_raise(error: BadFileError, skipped: dict[str, str], skip_bad_files: bool) -> None:
+    """Note a bad file as skipped, or raise the error when that was not asked for."""
+    if not skip_bad_files:
+        raise ValueError(f"{error}, or give --skip_bad_files") from error
+    if error.file not in skipped:
+        # By its name, so that the manifest does not depend on where the input lies.
+        skipped[error.file] = error.fault.replace(error.file, Path(error.file).name)
+        print(f"skipped: {error.fault}", flush=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pieces of files that are tokenised and packed together, by one process."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    files: tuple[InputFile, ...]  # of each piece
+
+    @property
+    def name(self) -> str:
+        return f"unit-{self.index:06d}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces)
+
+    def without(self, skipped: dict[str, str]) -> Unit:
+        """Return the unit without the pieces of skipped files; the other units stay as they are."""
+        kept = [i for i, piece in enumerate(self.pieces) if str(piece.file) not in skipped]
+        return Unit(
+            self.index,
+            tuple(self.pieces[i] for i in kept),
+            tuple(self.files[i] for i in kept),
+        )
+
+
+def plan_units(files: list[InputFile], settings: Settings) -> list[Unit]:
+    """Divide the files, in order, into units; depends on their sizes and number of rows only."""
+    units: list[Unit] = []
+    pieces: list[Piece] = []
+    owners: list[InputFile] = []
+
+    def close_unit() -> None:
+        if pieces:
+            units.append(Unit(len(units), tuple(pieces), tuple(owners)))
+            pieces.clear()
+            owners.clear()
+
+    cut = text_pieces if settings.is_text else token_pieces
+    for file in files:
+        found = cut(file.path, max_documents=UNIT_DOCUMENTS, max_bytes=UNIT_BYTES)
+        if not found:
+            print(f"{file.path}: has no rows")
+        for piece in found:
+            pieces.append(piece)
+            owners.append(file)
+            if (
+                sum(piece.documents for piece in pieces) >= UNIT_DOCUMENTS
+                or sum(piece.num_bytes for piece in pieces) >= UNIT_BYTES
+            ):
+                close_unit()
+    close_unit()
+    return units
+
+
+# The output folder
 
 
 def reusable_manifest(
@@ -256,232 +512,482 @@ def reusable_manifest(
     return found
 
 
-def clear_unfinished(output_dir: Path) -> None:
-    """Remove what an interrupted preparation left; ValueError when other things are there."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    own = {TRAIN, VALIDATION, f"{MANIFEST_NAME}.tmp"}
-    foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in own)
+def check_no_foreign_files(output_dir: Path) -> None:
+    """Raise ValueError when the folder holds things that no preparation wrote."""
+    own = {TRAIN, VALIDATION, WORK_NAME, QUARANTINE_NAME, MANIFEST_NAME}
+    foreign = [path for path in output_dir.glob("*") if path.name not in own]
     for name in (TRAIN, VALIDATION):
-        foreign += sorted(
-            f"{name}/{path.name}"
-            for path in (output_dir / name).glob("*")
-            if path.suffix != ".parquet"
-        )
-    if foreign:
+        foreign += [p for p in (output_dir / name).glob("*") if p.suffix != ".parquet"]
+    names = sorted(
+        str(path.relative_to(output_dir)) for path in foreign if path.suffix != TEMPORARY_SUFFIX
+    )
+    if names:
         raise ValueError(
-            f"--output_dir: {output_dir} holds other files ({', '.join(foreign[:3])}); give a new "
+            f"--output_dir: {output_dir} holds other files ({', '.join(names[:3])}); give a new "
             "or empty folder"
         )
+
+
+@contextmanager
+def only_preparation_of(output_dir: Path) -> Iterator[Path]:
+    """Hold the folder's lock and give its work folder; ValueError when another process has it."""
+    work = output_dir / WORK_NAME
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output_dir: another process is preparing {output_dir}; wait for it or give "
+                "another folder"
+            ) from None
+        yield work
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Remove what an interrupted preparation left, but not its finished units."""
     for name in (TRAIN, VALIDATION):
         if (output_dir / name).exists():
             shutil.rmtree(output_dir / name)
+    (output_dir / QUARANTINE_NAME).unlink(missing_ok=True)
+    for folder in (output_dir, output_dir / WORK_NAME):
+        for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
-# Tokenising
+@contextmanager
+def explained_full_disk(work: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        done = len(list(work.glob("unit-*.json")))
+        raise OSError(
+            f"--output_dir: no space is left on the disk of {work.parent}; free some (a "
+            "preparation takes up to 4 bytes per token in all) and run the same command again: "
+            f"{done} finished units are kept"
+        ) from error
+
+
+# Tokenising and packing, in processes
+
+HASH = "hash"
+TOKENISE = "tokenise"
 
 
 @dataclass(frozen=True)
-class TokenisedBatch:
-    """Documents in order: `tokens` is all of them, one after the other, each with its end token."""
+class Settings:
+    """What a process needs to know, the same for all units."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: np.ndarray
-    is_validation: np.ndarray
-    sources: list[str]
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    end_of_document: int
+    is_text: bool
+    clean: bool
+    validation_fraction: float
+    seq_len: int
+    seed: int
+    work: str = ""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
 
-class Encoder:
-    """Turns documents into tokens; it is sent to each process, which opens the tokenizer itself."""
+@dataclass(frozen=True)
+class Job:
+    """A unit to hash or to tokenise; `duplicates` has a bit for each of its documents to drop."""
 
-    def __init__(
-        self, tokenizer: Path, end_of_document: int, validation_fraction: float, dtype: np.dtype
-    ) -> None:
-        self._folder = tokenizer
-        self._end_of_document = end_of_document
-        self._validation_threshold = int(validation_fraction * 2**64)
-        self._dtype = dtype
-        self._tokenizer: Tokenizer | None = None
+    kind: str
+    unit: Unit
+    duplicates: bytes | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tokenizer": None}
+    @property
+    def name(self) -> str:
+        """Of what it writes."""
+        return self.unit.name if self.kind == TOKENISE else f"hash-{self.unit.name}"
 
-    def __call__(self, documents: list[Document]) -> TokenisedBatch:
-        """Tokenise and choose the held-out documents by the SHA-256 of their text alone."""
-        if self._tokenizer is None:
-            self._tokenizer = text_encoder(self._folder)
-        texts = [document.text for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        raw = [text.encode() for text in texts]
-        keys = [int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in raw]
-        ids = [np.array([*e.ids, self._end_of_document], dtype=self._dtype) for e in encodings]
-        return TokenisedBatch(
-            tokens=np.concatenate(ids),
-            lengths=np.array([len(document) for document in ids]),
-            text_bytes=np.array([len(text) for text in raw]),
-            is_validation=np.array([key < self._validation_threshold for key in keys]),
-            sources=[document.source for document in documents],
+    def key(self, settings: Settings) -> str:
+        """Return the sha256 of all that its result depends on."""
+        content = [
+            UNIT_VERSION,
+            self.kind,
+            asdict(settings) | {"tokenizer": "", "work": ""},
+            self.unit.index,
+            [
+                [file.description, file.stamp[:2], piece.start, piece.stop]
+                for file, piece in zip(self.unit.files, self.unit.pieces, strict=True)
+            ],
+            None if self.duplicates is None else self.duplicates.hex(),
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def tokenise_jobs(units: list[Unit], deduplicate: bool, settings: Settings) -> list[Job]:
+    """Return the job of every unit, with its duplicates when the units have been hashed."""
+    if not deduplicate:
+        return [Job(TOKENISE, unit) for unit in units]
+    names = [Job(HASH, unit).name for unit in units]
+    hashes = [read_array(Path(settings.work), name, "hashes") for name in names]
+    lengths = [len(array) for array in hashes]
+    duplicates = later_duplicates(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    of_units = np.split(duplicates, np.cumsum(lengths)[:-1])
+    return [
+        Job(TOKENISE, unit, np.packbits(of_unit).tobytes())
+        for unit, of_unit in zip(units, of_units, strict=True)
+    ]
+
+
+def later_duplicates(hashes: np.ndarray) -> np.ndarray:
+    """Return bool [count]: whether an equal hash (uint64) stands earlier.
+
+    Part by part, so that sorting takes little more memory than the hashes themselves.
+    """
+    duplicate = np.zeros(len(hashes), dtype=bool)
+    for part in range(DUPLICATE_PARTITIONS):
+        members = np.flatnonzero(hashes % DUPLICATE_PARTITIONS == part)
+        order = members[np.argsort(hashes[members], kind="stable")]
+        duplicate[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+    return duplicate
+
+
+def run_jobs(stage: str, jobs: list[Job], settings: Settings, num_proc: int) -> list[BadFileError]:
+    """Do the jobs that are not done yet, in any order, and return the bad files that turned up."""
+    work = Path(settings.work)
+    progress = Progress(stage, sum(job.unit.num_bytes for job in jobs))
+    to_do = []
+    for job in jobs:
+        record = read_record(work, job.name)
+        if record is not None and record["key"] == job.key(settings):
+            progress.skip(job.unit.num_bytes)
+        else:
+            remove_unit(work, job.name)
+            to_do.append(job)
+    if len(to_do) < len(jobs):
+        print(f"{stage}: {len(jobs) - len(to_do)} of {len(jobs)} units were done before")
+    bad = []
+    for job, result in in_processes(to_do, settings, num_proc):
+        if isinstance(result, BadFileError):
+            bad.append(result)
+        else:
+            progress.add(job.unit.num_bytes, result)
+    return bad
+
+
+def in_processes(
+    jobs: list[Job], settings: Settings, num_proc: int
+) -> Iterator[tuple[Job, int | BadFileError]]:
+    """Yield every job with its number of tokens, or the bad file it met, as they finish."""
+    # One thread per process: num_proc says how many cores are used.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if num_proc == 1 or len(jobs) < 2:
+        worker = Worker(settings)
+        for job in jobs:
+            yield job, worker(job)
+        return
+    pool = ProcessPoolExecutor(
+        min(num_proc, len(jobs)), get_context("spawn"), _start_process, (settings,)
+    )
+    try:
+        futures = {pool.submit(_do, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "--num_proc: a process that tokenises was killed, perhaps for want of memory; run the "
+            "same command again, with fewer processes: finished units are kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_of_process: Worker
+
+
+def _start_process(settings: Settings) -> None:
+    global _worker_of_process
+    _worker_of_process = Worker(settings)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # When the preparation is killed its processes must not go on: it may be started again.
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _do(job: Job) -> int | BadFileError:
+    return _worker_of_process(job)
+
+
+class Worker:
+    """Reads the documents of a unit and writes what the job asks for to the work folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._validation_threshold = int(settings.validation_fraction * 2**64)
+        self._opened_encoder: Tokenizer | None = None
+        self._read_piece = (
+            read_piece
+            if settings.is_text
+            else TokenReader(
+                Path(settings.tokenizer), settings.vocab_size, settings.end_of_document
+            ).read_piece
+        )
+
+    def __call__(self, job: Job) -> int | BadFileError:
+        """Return the number of tokens, or the first file of the unit that is bad."""
+        try:
+            return self._hash(job) if job.kind == HASH else self._tokenise(job)
+        except BadFileError as error:
+            return error
+
+    def _hash(self, job: Job) -> int:
+        hashes = [
+            text_hash(document.text.encode())
+            for _, document in self._documents(job.unit)
+            if isinstance(document, Document)
+        ]
+        self._write(job, {"hashes": np.array(hashes, np.uint64)}, {})
+        return 0
+
+    def _tokenise(self, job: Job) -> int:
+        settings = self._settings
+        splits = {name: Documents(settings.dtype) for name in (TRAIN, VALIDATION)}
+        rejected: Counter[str] = Counter()
+        quarantine = bytearray()
+        input_rows = 0
+        for batch in batches(self._without_duplicates(job)):
+            documents = [document for _, document in batch if isinstance(document, Document)]
+            token_ids = iter(self._token_ids(documents))
+            for file, document in batch:
+                input_rows += 1
+                if isinstance(document, Document):
+                    text = document.text.encode()
+                    held_out = text_hash(text) < self._validation_threshold
+                    splits[VALIDATION if held_out else TRAIN].add(
+                        next(token_ids), len(text), document.source
+                    )
+                    continue
+                rejected[document.reason] += 1
+                if document.reason != DUPLICATE:  # which is not bad, and stands elsewhere
+                    quarantine += quarantine_line(file, document)
+        packed = pack_documents(splits[TRAIN].tokens(), splits[TRAIN].lengths(), settings.seq_len)
+        arrays = row_arrays(packed, f"{settings.seed}/{TRAIN}/{job.unit.index}")
+        arrays["held_out_tokens"] = splits[VALIDATION].tokens()
+        arrays["held_out_lengths"] = splits[VALIDATION].lengths()
+        arrays["quarantine"] = np.frombuffer(quarantine, np.uint8)
+        self._write(
+            job,
+            arrays,
+            {
+                "input_rows": input_rows,
+                "rejected": rejected,
+                "packing": asdict(packed.stats),
+                "bytes": {name: split.text_bytes for name, split in splits.items()},
+                "documents_per_source": {name: split.sources for name, split in splits.items()},
+            },
+        )
+        return packed.stats.tokens + int(splits[VALIDATION].lengths().sum())
+
+    def _write(self, job: Job, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+        record = {"key": job.key(self._settings), **record}
+        write_unit(Path(self._settings.work), job.name, arrays, record)
+
+    def _documents(self, unit: Unit) -> Iterator[tuple[Path, Document | Rejected]]:
+        for piece, file in zip(unit.pieces, unit.files, strict=True):
+            check_unchanged(file)  # else a replaced file would be called damaged
+            try:
+                for document in self._read_piece(piece):
+                    yield piece.file, self._cleaned(document)
+            finally:
+                check_unchanged(file)
+
+    def _cleaned(self, document: Document | Rejected) -> Document | Rejected:
+        if isinstance(document, Rejected) or not self._settings.clean:
+            return document
+        text = clean_text(document.text)
+        return replace(document, text=text) if text else Rejected("empty", document.place)
+
+    def _without_duplicates(self, job: Job) -> Iterator[tuple[Path, Document | Rejected]]:
+        if job.duplicates is None:
+            yield from self._documents(job.unit)
+            return
+        is_duplicate = iter(np.unpackbits(np.frombuffer(job.duplicates, np.uint8)).tolist())
+        for file, document in self._documents(job.unit):
+            drop = isinstance(document, Document) and next(is_duplicate)
+            yield file, Rejected(DUPLICATE) if drop else document
+
+    def _token_ids(self, documents: list[Document]) -> list[np.ndarray]:
+        """Return the ids of each document with its end token."""
+        settings = self._settings
+        if not settings.is_text:
+            found: Iterable[Any] = [document.token_ids for document in documents]
+        else:
+            if self._opened_encoder is None:
+                self._opened_encoder = text_encoder(settings.tokenizer)
+            encodings = self._opened_encoder.encode_batch_fast(
+                [document.text for document in documents], add_special_tokens=False
+            )
+            found = (encoding.ids for encoding in encodings)
+        return [np.array([*ids, settings.end_of_document], settings.dtype) for ids in found]
+
+
+class Documents:
+    """Tokenised documents of one split, and what the manifest counts of them."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.text_bytes = 0
+        self.sources: Counter[str] = Counter()
+        self._ids: list[np.ndarray] = [np.zeros(0, dtype)]
+
+    def add(self, ids: np.ndarray, text_bytes: int, source: str) -> None:
+        """Add one document."""
+        self._ids.append(ids)
+        self.text_bytes += text_bytes
+        self.sources[source] += 1
+
+    def tokens(self) -> np.ndarray:
+        """Return all documents, one after the other."""
+        return np.concatenate(self._ids)
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each document."""
+        return np.array([len(ids) for ids in self._ids[1:]], np.int64)
+
+
+def text_hash(text: bytes) -> int:
+    """Return 64 bits that decide whether a text is held out and which texts are equal."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8])
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raise ValueError when an input file is no longer the one that the preparation began with."""
+    try:
+        stamp = file_stamp(file.path)
+    except FileNotFoundError:
+        stamp = None
+    if stamp != file.stamp:
+        raise ValueError(
+            f"--input: {file.path} was changed or replaced during the preparation; leave the input "
+            "alone and run the same command again"
         )
 
 
-def document_batches(files: Iterable[Path], rejected: Counter[str]) -> Iterator[list[Document]]:
-    """Yield the documents of all files in lists; count in `rejected` the rows that are none."""
-    batch: list[Document] = []
-    for file in files:
-        for document in read_documents(file):
-            if isinstance(document, Rejected):
-                rejected[document.reason] += 1
-                continue
-            batch.append(document)
-            if len(batch) == DOCUMENTS_PER_BATCH:
-                yield batch
-                batch = []
+def batches(
+    documents: Iterable[tuple[Path, Document | Rejected]],
+) -> Iterator[list[tuple[Path, Document | Rejected]]]:
+    """Yield documents in lists that the tokenizer takes at once."""
+    batch: list[tuple[Path, Document | Rejected]] = []
+    characters = 0
+    for file, document in documents:
+        batch.append((file, document))
+        characters += len(document.text) if isinstance(document, Document) else 0
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
 
 
-def tokenise_batches(
-    batches: Iterable[list[Document]], encoder: Encoder, num_proc: int
-) -> Iterator[TokenisedBatch]:
-    """Yield the tokenised batches in the order of the input, whatever the number of processes."""
-    # One thread per process: num_proc says how many cores are used.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if num_proc == 1:
-        yield from map(encoder, batches)
+def quarantine_line(file: Path, rejected: Rejected) -> bytes:
+    """Return a rejected row as a line of the quarantine file."""
+    content = {"file": file.name, **asdict(rejected)}
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
+# The stages after it
+
+
+def pack_held_out(names: list[str], settings: Settings) -> tuple[list[str], PackingStats]:
+    """Pack the held-out documents of all units together, because a unit alone has too few.
+
+    Returns the names of the units that hold their rows.
+    """
+    work = Path(settings.work)
+    stats = PackingStats()
+    packed_units: list[str] = []
+    tokens: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    for position, name in enumerate(names):
+        tokens.append(read_array(work, name, "held_out_tokens"))
+        lengths.append(read_array(work, name, "held_out_lengths"))
+        full = (
+            sum(map(len, lengths)) >= UNIT_DOCUMENTS
+            or sum(array.nbytes for array in tokens) >= UNIT_BYTES
+        )
+        if full or position == len(names) - 1:
+            packed = pack_documents(
+                np.concatenate(tokens), np.concatenate(lengths), settings.seq_len
+            )
+            held_out = f"{VALIDATION}-{len(packed_units):06d}"
+            key = f"{settings.seed}/{VALIDATION}/{len(packed_units)}"
+            write_unit(work, held_out, row_arrays(packed, key), {})
+            packed_units.append(held_out)
+            stats += packed.stats
+            tokens, lengths = [], []
+    return packed_units, stats
+
+
+def write_quarantine(path: Path, names: list[str], work: Path) -> None:
+    """Write the rejected rows of all units, in the order of the input; no file when none is."""
+    lines = (read_array(work, name, "quarantine").tobytes() for name in names)
+    first = next((line for line in lines if line), None)
+    if first is None:
         return
-    with ProcessPoolExecutor(
-        num_proc, get_context("spawn"), initializer=_remember_encoder, initargs=(encoder,)
-    ) as pool:
-        waiting: deque[Future[TokenisedBatch]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
-            if len(waiting) >= num_proc * BATCHES_IN_FLIGHT_PER_PROCESS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-_encoder_of_process: Encoder
-
-
-def _remember_encoder(encoder: Encoder) -> None:
-    global _encoder_of_process
-    _encoder_of_process = encoder
-
-
-def _encode(documents: list[Document]) -> TokenisedBatch:
-    return _encoder_of_process(documents)
-
-
-# Packing and writing
-
-
-class SplitRows:
-    """The rows of one split: packed window by window, kept in memory, shuffled when written."""
-
-    def __init__(self, name: str, seq_len: int, dtype: np.dtype) -> None:
-        self.tokens = 0
-        self._name = name
-        self._seq_len = seq_len
-        self._dtype = dtype
-        self._window_tokens: list[np.ndarray] = []
-        self._window_lengths: list[np.ndarray] = []
-        self._window_documents = 0
-        self._packed: list[PackedRows] = []
-        self._text_bytes = 0
-        self._documents_per_source: Counter[str] = Counter()
-
-    def add(self, batch: TokenisedBatch, chosen: np.ndarray) -> None:
-        """Add the documents of a batch where `chosen` is true."""
-        if not chosen.any():
-            return
-        lengths = batch.lengths[chosen]
-        self._window_tokens.append(batch.tokens[np.repeat(chosen, batch.lengths)])
-        self._window_lengths.append(lengths)
-        self._window_documents += len(lengths)
-        self.tokens += int(lengths.sum())
-        self._text_bytes += int(batch.text_bytes[chosen].sum())
-        self._documents_per_source.update(
-            source for source, keep in zip(batch.sources, chosen, strict=True) if keep
-        )
-        if self._window_documents >= WINDOW_DOCUMENTS:
-            self._pack_window()
-
-    def write(
-        self, output_dir: Path, seed: int, *, rows_per_file: int, row_group_rows: int
-    ) -> Split:
-        """Pack what is left, shuffle all rows with `seed` and write the parquet files."""
-        self._pack_window()
-        stats = sum((packed.stats for packed in self._packed), PackingStats())
-        doc_lens = [lengths for packed in self._packed for lengths in packed.doc_lens]
-        input_ids = (
-            np.concatenate([packed.input_ids for packed in self._packed])
-            if self._packed
-            else np.zeros((0, self._seq_len), self._dtype)
-        )
-        self._packed.clear()
-        order = shuffled_order(stats.rows, f"{seed}/{self._name}")
-        files = [
-            write_rows(
-                output_dir,
-                f"{self._name}/{index:06d}.parquet",
-                input_ids,
-                doc_lens,
-                order[start : start + rows_per_file],
-                row_group_rows=row_group_rows,
-            )
-            for index, start in enumerate(range(0, stats.rows, rows_per_file))
-        ]
-        return Split(
-            rows=stats.rows,
-            tokens=stats.tokens,
-            documents=stats.documents,
-            bytes=self._text_bytes,
-            documents_per_source=dict(sorted(self._documents_per_source.items())),
-            utilisation=round(stats.utilisation(self._seq_len), 6),
-            split_fraction=round(stats.split_fraction, 6),
-            files=files,
-        )
-
-    def _pack_window(self) -> None:
-        if not self._window_documents:
-            return
-        self._packed.append(
-            pack_documents(
-                np.concatenate(self._window_tokens),
-                np.concatenate(self._window_lengths),
-                self._seq_len,
-            )
-        )
-        self._window_tokens.clear()
-        self._window_lengths.clear()
-        self._window_documents = 0
-
-
-def shuffled_order(rows: int, key: str) -> np.ndarray:
-    """Return a permutation of range(rows) that depends on `key` alone, not on the numpy version."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16])
-    return np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")
+    with complete_or_absent(path) as file:
+        file.write(first)
+        for line in lines:
+            file.write(line)
 
 
 # What the user sees
 
 
 class Progress:
-    """Prints a line now and then while documents are tokenised."""
+    """Prints a line now and then: how far a stage is, its speed, and when it will be done."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str, total: int) -> None:
+        self._stage = stage
+        self._total = total
+        self._done = self._skipped = self._tokens = 0
         self._started = self._last = time.monotonic()
 
-    def report(self, tokens: int) -> None:
-        """Say how far it is, if the last line is some seconds old."""
+    def skip(self, amount: int) -> None:
+        """Count work that an earlier run did, which says nothing about the speed of this one."""
+        self._skipped += amount
+
+    def add(self, amount: int, tokens: int) -> None:
+        """Count work of this run; print if the last line is some seconds old."""
+        self._done += amount
+        self._tokens += tokens
         now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS:
+        if now - self._last >= PROGRESS_SECONDS and self._done:
             self._last = now
-            print(f"{tokens:,} tokens, {tokens / (now - self._started):,.0f} tokens/s", flush=True)
+            seconds = now - self._started
+            left = self._total - self._skipped - self._done
+            share = (self._done + self._skipped) / self._total
+            speed = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s, "
+            print(
+                f"{self._stage}: {share:.1%}, {speed if self._tokens else ''}"
+                f"ETA {duration(left * seconds / self._done)}",
+                flush=True,
+            )
 
 
-def report(manifest: Manifest, seconds: float) -> None:
+def duration(seconds: float) -> str:
+    """Return hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def report(manifest: Manifest, output_dir: Path, seconds: float) -> None:
     """Print what was prepared."""
     tokens = sum(split.tokens for split in manifest.splits.values())
     for name, split in manifest.splits.items():
@@ -492,9 +998,19 @@ def report(manifest: Manifest, seconds: float) -> None:
         )
     if not manifest.splits[VALIDATION].rows:
         print("validation: empty; raise --validation_fraction to hold documents out")
+    rejected = sum(manifest.rejected.values())
+    print(
+        f"input: {manifest.input_rows:,} rows = {manifest.input_rows - rejected:,} documents + "
+        f"{rejected:,} rejected"
+    )
     if manifest.rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejected.items())
         print(f"rejected: {reasons}")
+    if (output_dir / QUARANTINE_NAME).exists():
+        print(f"rejected rows: {output_dir / QUARANTINE_NAME}")
+    if manifest.skipped_files:
+        names = ", ".join(file["name"] for file in manifest.skipped_files)
+        print(f"skipped files: {len(manifest.skipped_files)} ({names})")
     print(f"{tokens / seconds:,.0f} tokens/s over {seconds:.1f} s")
 
 

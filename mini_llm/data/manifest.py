@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .durable import complete_or_absent
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -54,7 +55,11 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared folder. `options` are those of the preparation; `fingerprint` covers it all."""
+    """A prepared folder. `options` are those of the preparation; `fingerprint` covers it all.
+
+    `input_rows` is the number of rows and lines read: documents of all splits plus `rejected`.
+    `skipped_files` are input files left out as a whole, each with `name` and `reason`.
+    """
 
     seq_len: int
     tokenizer: TokenizerEntry
@@ -63,11 +68,16 @@ class Manifest:
     options: dict[str, Any]
     format_version: int = FORMAT_VERSION
     fingerprint: str = field(default="")
+    input_rows: int = 0
+    skipped_files: list[dict[str, str]] = field(default_factory=list)
 
     def computed_fingerprint(self) -> str:
         """Return the sha256 over every field but the fingerprint itself."""
         content = asdict(self)
         del content["fingerprint"]
+        for name in ("input_rows", "skipped_files"):  # manifests from before they were counted
+            if not content[name]:
+                del content[name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -75,13 +85,9 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write `folder`/manifest.json so that it is complete or absent; return it as written."""
     content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
-    temporary = folder / f"{MANIFEST_NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST_NAME)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with complete_or_absent(folder / MANIFEST_NAME) as file:
+        file.write(text.encode())
     return _from_dict(content)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .durable import complete_or_absent
 from .manifest import FileEntry
 
 
@@ -25,6 +25,7 @@ def write_rows(
     """Write the chosen `rows`, in that order, as `folder`/`file` and return its manifest entry.
 
     `input_ids` [all rows, seq_len] uint16 or uint32; `doc_lens` the document lengths of each row.
+    The file is whole or absent.
     """
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,10 @@ def write_rows(
     row_groups = []
     tokens = 0
     # Tokens are not repetitive enough for a dictionary, and without one reading is faster.
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    with (
+        complete_or_absent(path) as written,
+        pq.ParquetWriter(written, schema, compression="zstd", use_dictionary=False) as writer,
+    ):
         for start in range(0, len(rows), row_group_rows):
             chosen = rows[start : start + row_group_rows]
             lengths = [doc_lens[row] for row in chosen]
@@ -54,7 +58,6 @@ def write_rows(
             writer.write_table(table, row_group_size=row_group_rows)
             row_groups.append(len(chosen))
             tokens += int(flat_lengths.sum())
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    with path.open("rb") as finished:
+        sha256 = hashlib.file_digest(finished, "sha256").hexdigest()
     return FileEntry(file, len(rows), tokens, row_groups, sha256, path.stat().st_size)

@@ -1,61 +1,160 @@
-"""The text formats of the real sources: FineWeb-Edu-Chinese parquet and DeepCtrl jsonl."""
+"""The text formats of the real sources: FineWeb-Edu-Chinese parquet and DeepCtrl jsonl.
+
+A text is kept exactly as it is. What is no text (empty, not a string, not UTF-8, not JSON, other
+fields) is `Rejected` with a reason and its place, never dropped; what is no file of these formats
+raises `BadFileError`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 PARQUET_COLUMNS = ("text", "score", "source")
 JSONL_FIELDS = ("instruction", "input", "output", "history")
-READ_BATCH_ROWS = 1024
+TEXT_SUFFIXES = (".parquet", ".jsonl")
+READ_BATCH_ROWS = 256
+READ_BUFFER_BYTES = 1 << 20
+# A file without line ends is not jsonl, and must not be read into memory as one line.
+MAX_LINE_BYTES = 64 << 20
+QUARANTINED_CHARACTERS = 1000
+
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+SPACE_BEFORE_LINE_END = re.compile(r"[^\S\n]+$", re.MULTILINE)
+
+
+class BadFileError(ValueError):
+    """An input file that cannot be used at all: its path and a sentence on what is wrong."""
+
+    def __init__(self, file: str, fault: str) -> None:
+        super().__init__(file, fault)
+        self.file = file
+        self.fault = fault
+
+    def __str__(self) -> str:
+        return f"--input: {self.fault}; get it again or leave it out"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name of the source it comes from."""
+    """A text, its source and place, and its tokens where the file holds them instead."""
 
     text: str
     source: str
+    place: str = ""
+    token_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row or line that is no document, and why: one of a few fixed reasons."""
+    """A row or line that is no document: one of a few fixed reasons, its place, its beginning."""
 
     reason: str
+    place: str = ""
+    content: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file small enough for memory: rows of parquet, bytes of jsonl or tokens.
+
+    A line or document belongs to the piece in which it starts. `documents` is 0 where the file
+    must be read to know; `num_bytes` of text is what its metadata says.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    documents: int
+    num_bytes: int
 
 
 def find_text_files(paths: Sequence[Path]) -> list[Path]:
     """Return the .parquet and .jsonl files among and below `paths`, checked for their columns.
 
     The order is that of `paths`, by name inside a folder. Raises FileNotFoundError for a path that
-    does not exist or holds no such file, ValueError for a file with other columns.
+    does not exist or holds no such file, BadFileError (a ValueError) for a file with other columns.
     """
+    files = list_files(paths, TEXT_SUFFIXES)
+    for file in files:
+        check_text_file(file)
+    return files
+
+
+def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    """Return the files with these suffixes among and below `paths`, unread."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"--input: {path} does not exist")
         found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        found = [file for file in found if file.suffix in {".parquet", ".jsonl"}]
+        found = [file for file in found if file.suffix in suffixes]
         if not found:
-            raise FileNotFoundError(f"--input: {path} has no .parquet or .jsonl file")
+            raise FileNotFoundError(f"--input: {path} has no {' or '.join(suffixes)} file")
         files += found
-    for file in files:
-        _check_columns(file)
     return files
+
+
+def check_text_file(file: Path) -> list[str]:
+    """Return the columns that are not used; BadFileError for a file without those that are."""
+    if not file.stat().st_size:
+        raise BadFileError(str(file), f"{file} is empty (0 bytes)")
+    return _check_jsonl_fields(file) if file.suffix == ".jsonl" else _check_columns(file)
 
 
 def read_documents(file: Path) -> Iterator[Document | Rejected]:
     """Yield every row (parquet) or line (jsonl) of a file as a document or as its rejection."""
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_lines(file)
-    for text, source in rows:
-        yield _checked(text, source)
+    for piece in text_pieces(file, max_documents=1 << 62, max_bytes=1 << 62):
+        yield from read_piece(piece)
+
+
+def text_pieces(file: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
+    """Cut a file into equal pieces of about at most so many documents and bytes of text."""
+    if file.suffix == ".jsonl":
+        size = file.stat().st_size
+        bounds = np.linspace(0, size, -(-size // max_bytes) + 1).astype(np.int64).tolist()
+        return [Piece(file, start, stop, 0, stop - start) for start, stop in pairwise(bounds)]
+    metadata = pq.read_metadata(file)
+    rows = metadata.num_rows
+    # By its path: nested columns that are not used have several leaves before it.
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    num_bytes = sum(
+        metadata.row_group(group).column(paths.index("text")).total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+    )
+    pieces = max(-(-rows // max_documents), -(-num_bytes // max_bytes), 1)
+    bounds = np.linspace(0, rows, min(pieces, rows) + 1).astype(np.int64).tolist()
+    return [
+        Piece(file, start, stop, stop - start, num_bytes * (stop - start) // rows)
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def read_piece(piece: Piece) -> Iterator[Document | Rejected]:
+    """Yield every row or line of a piece as a document or as its rejection."""
+    rows = _jsonl_lines(piece) if piece.file.suffix == ".jsonl" else _parquet_rows(piece)
+    for text, source, place in rows:
+        yield _checked(text, source, place)
+
+
+def clean_text(text: str) -> str:
+    """Return the text with what no reader sees taken out; everything else stays as it is.
+
+    Line ends become \\n; control characters but tab and \\n, and byte order marks, go; so does
+    white space at the end of lines and of the text, and empty lines at its start.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = CONTROL_CHARACTERS.sub("", text)
+    return SPACE_BEFORE_LINE_END.sub("", text).lstrip("\n").rstrip()
 
 
 def conversation_text(record: dict[str, Any]) -> str:
@@ -63,89 +162,187 @@ def conversation_text(record: dict[str, Any]) -> str:
 
     Turns that are empty leave nothing behind. Raises KeyError or TypeError for another shape.
     """
-    turns = [turn for exchange in record["history"] or [] for turn in exchange]
+    turns: list[str | None] = []
+    for exchange in record["history"] or []:
+        if not isinstance(exchange, list):
+            raise TypeError("an exchange of the history is a list of turns")
+        turns += exchange
     turns += [record["instruction"], record["input"], record["output"]]
+    if any(turn is not None and not isinstance(turn, str) for turn in turns):
+        raise TypeError("a turn is a string")
     return "\n".join(turn for turn in turns if turn and turn.strip())
 
 
-def _checked(text: object, source: object) -> Document | Rejected:
+def _checked(text: object, source: object, place: str) -> Document | Rejected:
     if isinstance(text, Rejected):
         return text
     if not isinstance(text, str) or not isinstance(source, str):
-        return Rejected("not_a_string")
+        return Rejected("not_a_string", place, repr(text)[:QUARANTINED_CHARACTERS])
     if not text.strip():
-        return Rejected("empty")
+        return Rejected("empty", place, text[:QUARANTINED_CHARACTERS])
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return Rejected("invalid_unicode")
-    return Document(text, source)
+        content = text[:QUARANTINED_CHARACTERS].encode(errors="backslashreplace").decode()
+        return Rejected("invalid_unicode", place, content)
+    return Document(text, source, place)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[object, object]]:
-    with pq.ParquetFile(file) as parquet:
-        batches = parquet.iter_batches(READ_BATCH_ROWS, columns=["text", "source"])
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"--input: {file} is damaged ({error}); get it again or leave it out"
-                ) from error
-            if batch is None:
-                return
-            yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
+# Parquet
 
 
-def _jsonl_lines(file: Path) -> Iterator[tuple[object, object]]:
-    # Line by line in bytes, so that one broken line costs one line.
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line.decode("utf-8"))
-                yield conversation_text(record), record.get("data_source") or file.stem
-            except UnicodeDecodeError:
-                yield Rejected("not_utf8"), ""
-            except json.JSONDecodeError:
-                yield Rejected("empty" if not line.strip() else "invalid_json"), ""
-            except (KeyError, TypeError, AttributeError):
-                yield Rejected("wrong_fields"), ""
+def _parquet_rows(piece: Piece) -> Iterator[tuple[object, object, str]]:
+    row = piece.start
+    try:
+        for batch in _parquet_batches(piece):
+            texts = _strings(batch["text"], row)
+            for text, source in zip(texts, _strings(batch["source"], row), strict=True):
+                # A source that is no text makes the row as bad as a text that is none.
+                yield (source if isinstance(source, Rejected) else text), source, f"row {row}"
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(
+            str(piece.file),
+            f"{piece.file} is damaged ({_one_line(error)})",
+        ) from error
+    if row != piece.stop:
+        raise BadFileError(
+            str(piece.file),
+            f"{piece.file} is damaged (it ends at row {row}, its footer says otherwise)",
+        )
 
 
-def _check_columns(file: Path) -> None:
-    if file.suffix == ".jsonl":
-        _check_jsonl_fields(file)
-        return
+def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
+    # Read through a small buffer and without reading ahead: a row group may be larger than memory.
+    with pq.ParquetFile(
+        piece.file,
+        pre_buffer=False,
+        buffer_size=READ_BUFFER_BYTES,
+        page_checksum_verification=True,
+    ) as parquet:
+        group_start = 0
+        for group in range(parquet.metadata.num_row_groups):
+            group_stop = group_start + parquet.metadata.row_group(group).num_rows
+            if group_stop > piece.start and group_start < piece.stop:
+                batch_start = group_start
+                for batch in parquet.iter_batches(
+                    READ_BATCH_ROWS,
+                    row_groups=[group],
+                    columns=["text", "source"],
+                    use_threads=False,
+                ):
+                    first = max(piece.start - batch_start, 0)
+                    chosen = batch.slice(first, max(piece.stop - batch_start - first, 0))
+                    if chosen.num_rows:
+                        yield chosen
+                    batch_start += batch.num_rows
+                    if batch_start >= piece.stop:
+                        break
+            group_start = group_stop
+
+
+def _strings(column: pa.Array, first_row: int) -> list[Any]:
+    """Return the values of a column, with those that are not UTF-8, which Arrow does not check."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary()).to_pylist()
+        return [_decoded(value, f"row {row}") for row, value in enumerate(values, first_row)]
+
+
+def _decoded(value: bytes | None, place: str) -> str | Rejected | None:
+    try:
+        return value if value is None else value.decode()
+    except UnicodeDecodeError:
+        return Rejected("not_utf8", place, _shown(value or b""))
+
+
+def _check_columns(file: Path) -> list[str]:
     try:
         schema = pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"--input: {file} is not a readable parquet file ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(
+            str(file),
+            f"{file} is not a readable parquet file, cut off perhaps ({_one_line(error)})",
+        ) from error
     missing = [column for column in PARQUET_COLUMNS if column not in schema.names]
     if missing:
-        raise ValueError(
-            f"--input: {file} lacks the columns {', '.join(missing)}; it has "
-            f"{', '.join(schema.names)}, and text, score, source are needed"
+        raise BadFileError(
+            str(file),
+            f"{file} lacks the columns {', '.join(missing)}; it has "
+            f"{', '.join(schema.names)}, and text, score, source are needed",
         )
     for column in ("text", "source"):
         kind = schema.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(f"--input: column {column} of {file} is {kind}, not string")
+            raise BadFileError(str(file), f"column {column} of {file} is {kind}, not string")
     kind = schema.field("score").type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise ValueError(f"--input: column score of {file} is {kind}, not a number")
+        raise BadFileError(str(file), f"column score of {file} is {kind}, not a number")
+    return [name for name in schema.names if name not in PARQUET_COLUMNS]
 
 
-def _check_jsonl_fields(file: Path) -> None:
+# Jsonl
+
+
+def _jsonl_lines(piece: Piece) -> Iterator[tuple[object, object, str]]:
+    # Line by line in bytes, so that one broken line costs one line.
+    with piece.file.open("rb") as file:
+        if piece.start:  # the line that began before belongs to the piece before
+            file.seek(piece.start - 1)
+            _skip_line(file)
+        while (start := file.tell()) < piece.stop:
+            line = file.readline(MAX_LINE_BYTES)
+            place = f"byte {start}"
+            if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
+                _skip_line(file)
+                yield Rejected("too_long", place, _shown(line)), "", place
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                yield conversation_text(record), record.get("data_source") or piece.file.stem, place
+            except UnicodeDecodeError:
+                yield Rejected("not_utf8", place, _shown(line)), "", place
+            except (ValueError, RecursionError):  # also a number of thousands of digits
+                yield Rejected(_why_not_json(line), place, _shown(line)), "", place
+            except (KeyError, TypeError, AttributeError):
+                yield Rejected("wrong_fields", place, _shown(line)), "", place
+
+
+def _why_not_json(line: bytes) -> str:
+    if not line.strip():
+        return "empty"
+    # The last line of a file whose download or copy stopped.
+    return "invalid_json" if line.endswith(b"\n") else "truncated"
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (part := file.readline(READ_BUFFER_BYTES)) and not part.endswith(b"\n"):
+        pass
+
+
+def _check_jsonl_fields(file: Path) -> list[str]:
     """Check the first line that is a JSON object; single bad lines are counted, not fatal."""
     with file.open("rb") as lines:
-        for line in lines:
+        while line := lines.readline(MAX_LINE_BYTES):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 missing = [name for name in JSONL_FIELDS if name not in record]
                 if missing:
-                    raise ValueError(f"--input: {file} lacks the fields {', '.join(missing)}")
-                return
-    raise ValueError(f"--input: {file} has no line that is a JSON object")
+                    raise BadFileError(
+                        str(file),
+                        f"{file} lacks the fields {', '.join(missing)}; it has {', '.join(record)}",
+                    )
+                return []  # DeepCtrl has more fields, which are known and not used
+    raise BadFileError(str(file), f"{file} has no line that is a JSON object")
+
+
+def _shown(content: bytes) -> str:
+    return content[:QUARANTINED_CHARACTERS].decode(errors="backslashreplace")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
