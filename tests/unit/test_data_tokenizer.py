@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from mini_llm.data.tokenizer import (
     SPECIAL_TOKENS,
+    fast_encoder,
     load_tokenizer,
     text_encoder,
     token_byte_lengths,
@@ -115,6 +116,29 @@ def test_text_that_quotes_control_tokens_stays_text(folder: Path, tokenizer: Any
     assert tokenizer.encode("<|im_end|>") == [301]
     plain = text_encoder(folder).encode(TEXT, add_special_tokens=False).ids
     assert plain == tokenizer.encode(TEXT)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sources=st.lists(st.text("ab ,\n中文", min_size=20), min_size=5, max_size=10),
+    text=st.text(
+        st.one_of(st.sampled_from("ab ,\n中文"), st.characters(exclude_categories=["Cs"]))
+    ),
+)
+def test_fast_ids_are_the_same_for_every_tokenizer_that_is_trained(
+    tmp_path_factory: pytest.TempPathFactory, sources: list[str], text: str
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    # As many merges as the texts allow, up to 20: few texts make the oddest tokenizers.
+    for size in range(277, 256, -1):
+        try:
+            train_tokenizer(sources, size).save_pretrained(str(folder))
+            break
+        except ValueError as error:
+            assert "--vocab_size to at most" in str(error)
+    exact, fast = text_encoder(folder), fast_encoder(folder)
+    for one in (text, *sources, "".join(sources)):
+        assert fast.encode(one).tolist() == exact.encode(one, add_special_tokens=False).ids
 
 
 def test_vocabulary_that_cannot_be_filled_names_its_flag() -> None:

@@ -55,10 +55,12 @@ def test_the_code_is_declared_to_run_on_the_oldest_supported_versions(
     assert str(declared["deepspeed"]) == "==0.19.8"
 
 
-def test_the_package_holds_mini_llm_alone_and_its_constraints(pyproject: dict[str, Any]) -> None:
+def test_the_package_holds_mini_llm_its_constraints_and_its_tokenizer(
+    pyproject: dict[str, Any],
+) -> None:
     setuptools = pyproject["tool"]["setuptools"]
     assert setuptools["packages"]["find"] == {"include": ["mini_llm*"]}
-    assert setuptools["package-data"] == {"mini_llm": ["constraints.txt"]}
+    assert setuptools["package-data"] == {"mini_llm": ["constraints.txt", "tokenizer/*"]}
 
 
 def test_no_package_index_is_written_into_a_set_up_file() -> None:
