@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .manifest import Manifest, check_manifest, load_manifest, write_manifest
     from .packing import best_fit_decreasing, pack_documents, split_long_documents
     from .quickstart import build_quickstart_data
-    from .stream import Row, RowStream, open_stream, validation_rows
+    from .stream import HeldOut, Row, RowStream, open_stream, open_validation, validation_rows
     from .tokenizer import (
         CHAT_TEMPLATE,
         SPECIAL_TOKENS,
@@ -34,9 +34,11 @@ _MODULE_OF_NAME = {
     "pack_documents": "packing",
     "split_long_documents": "packing",
     "build_quickstart_data": "quickstart",
+    "HeldOut": "stream",
     "Row": "stream",
     "RowStream": "stream",
     "open_stream": "stream",
+    "open_validation": "stream",
     "validation_rows": "stream",
     "CHAT_TEMPLATE": "tokenizer",
     "SPECIAL_TOKENS": "tokenizer",
@@ -52,6 +54,7 @@ __all__ = [
     "IGNORE_INDEX",
     "SPECIAL_TOKENS",
     "Batch",
+    "HeldOut",
     "Manifest",
     "Row",
     "RowStream",
@@ -62,6 +65,7 @@ __all__ = [
     "load_manifest",
     "load_tokenizer",
     "open_stream",
+    "open_validation",
     "pack_documents",
     "split_long_documents",
     "text_encoder",

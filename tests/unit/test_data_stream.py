@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mini_llm.data.manifest import load_manifest
 from mini_llm.data.packed_files import write_rows
-from mini_llm.data.stream import RowStream, interleave, open_stream, validation_rows
+from mini_llm.data.packed_stream import ShardFiles
+from mini_llm.data.stream import (
+    RowStream,
+    interleave,
+    open_stream,
+    open_validation,
+    validation_rows,
+)
 from tests.unit.data_fixtures import SEQ_LEN, write_packed_folder
 
 EASY = settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -106,19 +115,22 @@ def test_rows_of_every_step_are_the_same_set_for_any_world_and_any_resume(
                 prefetch=prefetch,
             )
 
-        rows_per_step = 24
-        steps = 3
+        # The run is stopped after every step and goes on with another number of ranks.
+        worlds = data.draw(
+            st.lists(st.integers(1, 8), min_size=2, max_size=4).filter(lambda w: lcm(*w) <= 60)
+        )
+        rows_per_step = lcm(*worlds) * data.draw(st.integers(1, max(1, 24 // lcm(*worlds))))
+        steps = len(worlds)
         with open_at(1, 0, True) as whole:
             expected = [
-                [(row["source"], int(row["input_ids"][0])) for row in islice(whole, 24)]
+                [(row["source"], int(row["input_ids"][0])) for row in islice(whole, rows_per_step)]
                 for _ in range(steps)
             ]
             final_state = whole.state_dict()
 
-        # The run is stopped after every step and goes on with another number of ranks.
+        assert len(json.dumps(final_state)) <= 1024
         state: dict[str, Any] | None = None
-        for step in range(steps):
-            world_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+        for step, world_size in enumerate(worlds):
             got, states = [], []
             for rank in range(world_size):
                 with open_at(world_size, rank, data.draw(st.booleans())) as stream:
@@ -261,6 +273,45 @@ def test_a_rank_decodes_only_what_lies_under_its_slice(tmp_path: Path) -> None:
         stream.close()
 
 
+@pytest.mark.parametrize("rank", [0, 200, 511])
+def test_one_of_512_ranks_decodes_only_what_lies_under_its_slice(tmp_path: Path, rank: int) -> None:
+    # 20 row groups of 2 rows and a row more for each of 512 ranks, over one step.
+    rows = 512 * 41
+    write_packed_folder(tmp_path, [rows // 16] * 16, row_group_rows=2)
+    with open_test_stream(
+        tmp_path, rows_per_step=rows, rank=rank, world_size=512, prefetch=False
+    ) as stream:
+        row_ids(stream, 41)
+        assert stream.rows_delivered == 41
+        assert stream.rows_decoded / stream.rows_delivered <= 1.1
+
+
+def test_tokens_are_counted_per_source_without_padding(folder: Path) -> None:
+    data = {"a": {"path": folder, "weight": 3}, "b": {"path": folder, "weight": 1}}
+    with open_stream(data, seq_len=SEQ_LEN, seed=0, rows_per_step=4) as stream:
+        row_ids(stream, 8)
+        assert stream.tokens_per_source == {"a": 6 * 5, "b": 2 * 5}
+
+
+def test_state_of_an_older_version_is_refused_by_name(folder: Path) -> None:
+    with open_test_stream(folder) as stream:
+        state = stream.state_dict() | {"version": 1}
+        with pytest.raises(ValueError, match="version 1, this code continues version 2"):
+            stream.load_state_dict(state)
+
+
+def test_all_ranks_states_continue_packed_data_with_any_number_of_ranks(folder: Path) -> None:
+    with open_test_stream(folder) as stream:
+        expected = row_ids(stream, 8)[4:]
+    with open_test_stream(folder) as stream:
+        row_ids(stream, 4)
+        assert not stream.state_is_per_rank
+        states = [stream.state_dict()] * 2
+    with open_test_stream(folder) as stream:
+        stream.load_state_dict(states)
+        assert row_ids(stream, 4) == expected
+
+
 def test_global_batch_that_the_ranks_cannot_share_names_its_flag(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--global_batch_tokens.*multiple of 24"):
         open_test_stream(folder, rows_per_step=4, world_size=3)
@@ -305,19 +356,83 @@ def test_file_of_another_size_is_an_error_before_the_first_row(folder: Path) -> 
         open_test_stream(folder)
 
 
+def replace_shard(folder: Path, name: str, rows: int) -> Path:
+    """Put another parquet file in the place of a shard."""
+    ids = np.zeros((rows, SEQ_LEN), np.uint16)
+    lengths = [np.array([1], np.int32)] * rows
+    write_rows(folder, f"train/{name}.parquet", ids, lengths, np.arange(rows), row_group_rows=3)
+    return folder / f"train/{name}.parquet"
+
+
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_file_replaced_during_the_run_raises_in_the_consumer(folder: Path, prefetch: bool) -> None:
-    stream = open_test_stream(folder, prefetch=prefetch)
-    for name, rows in (("000000", 6), ("000001", 4)):
-        ids = np.zeros((rows, SEQ_LEN), np.uint16)
-        lengths = [np.array([1], np.int32)] * rows
-        file = f"train/{name}.parquet"
-        write_rows(folder, file, ids, lengths, np.arange(rows), row_group_rows=3)
-    with pytest.raises(ValueError, match="the manifest says"):
+def test_shard_replaced_during_the_run_is_named_in_the_consumer(
+    folder: Path, prefetch: bool
+) -> None:
+    with open_test_stream(folder, prefetch=prefetch) as stream:
+        replace_shard(folder, "000000", 6)
+        replace_shard(folder, "000001", 4)
+        for _ in range(2):  # and it stays an error: the stream does not end quietly
+            with pytest.raises(ValueError, match=r"00000[01]\.parquet was replaced during the run"):
+                row_ids(stream, 12)
+
+
+def test_shard_replaced_by_one_of_the_same_size_is_known_by_its_sha256(folder: Path) -> None:
+    shard = folder / "train/000001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    with (
+        open_test_stream(folder) as stream,
+        pytest.raises(
+            ValueError, match=r"000001\.parquet is not the file of its manifest \(sha256"
+        ),
+    ):
         row_ids(stream, 12)
-    with pytest.raises((ValueError, StopIteration)):
-        next(stream)
-    stream.close()
+
+
+def test_shard_replaced_between_save_and_resume_is_named(folder: Path) -> None:
+    with open_test_stream(folder) as stream:
+        row_ids(stream, 4)
+        state = stream.state_dict()
+    replace_shard(folder, "000001", 9)
+    with pytest.raises(ValueError, match=r"000001\.parquet has \d+ bytes, the manifest says"):
+        open_test_stream(folder).load_state_dict(state)
+
+
+def test_folder_prepared_again_between_save_and_resume_is_named(folder: Path) -> None:
+    with open_test_stream(folder) as stream:
+        row_ids(stream, 4)
+        state = stream.state_dict()
+    write_packed_folder(folder, [7, 6], validation_rows=10)
+    with (
+        open_test_stream(folder) as stream,
+        pytest.raises(ValueError, match=r"\(fingerprint: 'main' \w{16} there, \w{16} here\)"),
+    ):
+        stream.load_state_dict(state)
+
+
+def test_large_worlds_share_the_check_of_every_shard(folder: Path, tmp_path: Path) -> None:
+    write_packed_folder(tmp_path, [4] * 8)
+    split = load_manifest(tmp_path).splits["train"]
+    checked: Counter[str] = Counter()
+    for rank in range(64):
+        checked.update(ShardFiles(tmp_path, split, None, rank, 64)._unverified)
+    assert checked == {entry.file: 8 for entry in split.files}
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_error_comes_after_the_rows_before_it(tmp_path: Path, prefetch: bool) -> None:
+    # One file a row group, so that the damage lies at a known row of the epoch.
+    write_packed_folder(tmp_path, [3] * 6)
+    with open_test_stream(tmp_path, rows_per_step=18) as stream:
+        order = row_ids(stream, 18)
+    bad = order[12] // 3
+    shard = tmp_path / f"train/{bad:06d}.parquet"
+    with open_test_stream(tmp_path, rows_per_step=18, prefetch=prefetch) as stream:
+        shard.unlink()
+        assert row_ids(stream, 12) == order[:12]
+        with pytest.raises(FileNotFoundError, match=f"{shard.name} was deleted during the run"):
+            next(stream)
 
 
 def test_close_ends_the_thread_and_may_be_repeated(folder: Path) -> None:
@@ -351,3 +466,17 @@ def test_validation_slices_of_all_ranks_are_the_split_in_order(folder: Path) -> 
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
     limited = [int(row["input_ids"][0]) for row in validation_rows(folder, max_rows=4)]
     assert limited == [0, 1, 2, 3]
+
+
+def test_validation_of_every_source_is_finite_and_apart(folder: Path, tmp_path: Path) -> None:
+    write_packed_folder(tmp_path / "other", [4], validation_rows=3, first_row_id=500)
+    data = {"a": {"path": folder}, "b": {"path": tmp_path / "other", "weight": 2}}
+    slices = [
+        open_validation(data, seq_len=SEQ_LEN, max_rows=8, rank=rank, world_size=2)
+        for rank in (0, 1)
+    ]
+    for name, ids in (("a", list(range(8))), ("b", [500, 501, 502])):
+        assert [part[name].total for part in slices] == [len(ids)] * 2
+        rows = [row for part in slices for row in part[name].rows]
+        assert [int(row["input_ids"][0]) for row in rows] == ids
+        assert {row["source"] for row in rows} == {name}
