@@ -78,6 +78,8 @@ class ShardCache:
         with FileLock(f"{path}.lock"):
             if refresh or not _is_whole(path, size, sha256):
                 url = f"{self.base_url}/{file}"
+                if url.startswith("hf://"):
+                    _refuse_offline(url)
                 retry(lambda: _download(url, path, size, sha256), url)
         return path
 
@@ -189,6 +191,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _refuse_offline(url: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise ConnectionError(
+            f"--data: {url} cannot be read while HF_HUB_OFFLINE is set; unset it, or give a local "
+            "folder, downloaded with data_tools/download.py"
+        )
+
+
 def hub_file_system() -> Any:
     """Return huggingface_hub's file system for `hf://` at $HF_ENDPOINT."""
     from huggingface_hub import HfFileSystem
@@ -201,5 +213,6 @@ def hub_file_system() -> Any:
 
 def list_hub_files(url: str) -> dict[str, int]:
     """Return URL and bytes of the files below an `hf://` URL, sorted by URL."""
+    _refuse_offline(url)
     found = retry(lambda: hub_file_system().find(url, detail=True), url)
     return {f"hf://{path}": int(found[path]["size"]) for path in sorted(found)}

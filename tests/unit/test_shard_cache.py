@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
 from mini_llm.data import shard_cache
@@ -107,6 +108,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MINI_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(shard_cache, "FIRST_WAIT_SECONDS", 0.001)
+    # The suite runs offline; the servers here are on this machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "served").mkdir()
     server = Server(tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
@@ -282,6 +285,17 @@ def test_hub_that_is_away_or_has_no_text_is_named(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match=r"someone/texts/empty could not be read in 6"):
         first_rows("hf://datasets/someone/texts/empty", 1)
+
+
+def test_hub_is_not_asked_while_offline_mode_is_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    write_packed_folder(server.root / "packed", [7, 5])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="someone/texts/packed .*HF_HUB_OFFLINE is set"):
+        first_rows("hf://datasets/someone/texts/packed", 1)
+    assert not server.requests
 
 
 def test_full_disk_names_the_cache(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
