@@ -16,22 +16,15 @@ The input is cut into units of some files, or of a part of one, with about 8,000
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import connection, get_context, parent_process
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +34,9 @@ from tokenizers import Tokenizer
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mini_llm.data.durable import TEMPORARY_SUFFIX, complete_or_absent
+from mini_llm.data.durable import complete_or_absent
+from mini_llm.data.input_files import InputFile, check_unchanged
+from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import (
     MANIFEST_NAME,
     TRAIN,
@@ -52,7 +47,15 @@ from mini_llm.data.manifest import (
     load_manifest,
     write_manifest,
 )
+from mini_llm.data.output_folder import (
+    check_no_foreign_files,
+    check_same_preparation,
+    clear_unfinished,
+    explained_full_disk,
+    only_preparation_of,
+)
 from mini_llm.data.packing import MIN_SEQ_LEN, PackingStats, pack_documents
+from mini_llm.data.progress import Progress
 from mini_llm.data.text_files import (
     TEXT_SUFFIXES,
     BadFileError,
@@ -75,7 +78,6 @@ from mini_llm.data.tokenizer import load_tokenizer, text_encoder, tokenizer_fing
 from mini_llm.data.unit_files import (
     read_array,
     read_record,
-    remove_unit,
     row_arrays,
     write_shuffled,
     write_unit,
@@ -88,8 +90,6 @@ UNIT_BYTES = 64 << 20
 # One call of the tokenizer; its result weighs about 100 times the text.
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
-PROGRESS_SECONDS = 10.0
-SAMPLED_BYTES = 64 * 1024
 # Part of what makes a unit: raise it when the same input should give other units.
 UNIT_VERSION = 1
 WORK_NAME = "unfinished"
@@ -176,13 +176,6 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     return parser.parse_args(command_line)
 
 
-def available_cpus() -> int:
-    """Return the number of CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def prepare(arguments: argparse.Namespace) -> Manifest:
     """Run the whole preparation, or return the manifest of one that is already done.
 
@@ -225,21 +218,24 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         "row_group_rows": arguments.row_group_rows,
     }
 
-    def finished() -> Manifest | None:
-        return reusable_manifest(arguments.output_dir, options, vocabulary, arguments.seq_len)
+    output_dir, work = arguments.output_dir, arguments.output_dir / WORK_NAME
 
-    said = f"{arguments.output_dir} is already prepared with these options: nothing to do"
-    if (manifest := finished()) is not None and not (arguments.output_dir / WORK_NAME).exists():
+    def finished() -> Manifest | None:
+        return reusable_manifest(output_dir, options, vocabulary, arguments.seq_len)
+
+    said = f"{output_dir} is already prepared with these options: nothing to do"
+    if (manifest := finished()) is not None and not work.exists():
         print(said)
         return manifest
-    check_no_foreign_files(arguments.output_dir)
-    with only_preparation_of(arguments.output_dir) as work:
+    check_no_foreign_files(output_dir, {WORK_NAME, QUARANTINE_NAME, MANIFEST_NAME})
+    with only_preparation_of(output_dir, work):
         if (manifest := finished()) is not None:
             print(said)
         else:
-            clear_unfinished(arguments.output_dir)
+            clear_unfinished(output_dir, work, [TRAIN, VALIDATION, QUARANTINE_NAME])
             files = [file for file in files if str(file.path) not in skipped]
-            with explained_full_disk(work):
+            needs = "a preparation takes up to 4 bytes per token in all"
+            with explained_full_disk(output_dir, work, needs=needs, units="unit-*.json"):
                 manifest = prepare_files(
                     files, arguments, replace(settings, work=str(work)), options, skipped
                 )
@@ -258,9 +254,12 @@ def prepare_files(
     started = time.monotonic()
     units = plan_units(files, settings)
 
-    def run(stage: str, jobs: Callable[[], list[Job]]) -> None:
+    work = Path(settings.work)
+    make_worker = partial(Worker, settings)
+
+    def run(stage: str, jobs: Callable[[], list[UnitJob]]) -> None:
         # Without the files that turned out to be bad, other units have to be done again.
-        while bad := run_jobs(stage, jobs(), settings, arguments.num_proc):
+        while bad := run_jobs(stage, jobs(), work, make_worker, arguments.num_proc):
             for error in bad:
                 skip_or_raise(error, skipped, arguments.skip_bad_files)
 
@@ -268,10 +267,9 @@ def prepare_files(
         return [unit.without(skipped) for unit in units]
 
     if arguments.deduplicate:
-        run("hash", lambda: [Job(HASH, unit) for unit in kept_units()])
+        run("hash", lambda: [UnitJob(HASH, unit, settings) for unit in kept_units()])
     run("tokenise", lambda: tokenise_jobs(kept_units(), arguments.deduplicate, settings))
 
-    work = Path(settings.work)
     names = [unit.name for unit in units]
     records = [record for name in names if (record := read_record(work, name)) is not None]
     rejected: Counter[str] = Counter()
@@ -365,44 +363,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 # Files and units
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """An input file as it is when the preparation starts.
-
-    `stamp` (size, time of change, inode) shows a file that is replaced during the run;
-    `description` identifies the content, in the manifest too.
-    """
-
-    path: Path
-    stamp: tuple[int, int, int]
-    description: dict[str, Any]
-
-    @classmethod
-    def of(cls, path: Path) -> InputFile:
-        """Look at a file: its stamp first, so that a change while it is read shows."""
-        return cls(path, file_stamp(path), describe_file(path))
-
-
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file is written to or replaced."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def describe_file(file: Path) -> dict[str, Any]:
-    """Return what identifies an input file: name, bytes, sha256 of its first and last 64 KiB.
-
-    The end of a parquet file is its footer, with the sizes and statistics of all its columns, so a
-    changed file shows without reading gigabytes.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        digest = hashlib.sha256(content.read(SAMPLED_BYTES))
-        content.seek(max(0, size - SAMPLED_BYTES))
-        digest.update(content.read())
-    return {"name": file.name, "bytes": size, "sampled_sha256": digest.hexdigest()}
-
-
 def check_file(file: Path, settings: Settings) -> None:
     """Raise BadFileError for a file that cannot be used; say which columns are not used."""
     if settings.is_text:
@@ -479,9 +439,6 @@ def plan_units(files: list[InputFile], settings: Settings) -> list[Unit]:
     return units
 
 
-# The output folder
-
-
 def reusable_manifest(
     output_dir: Path, options: dict[str, Any], tokenizer: TokenizerEntry, seq_len: int
 ) -> Manifest | None:
@@ -492,83 +449,14 @@ def reusable_manifest(
     if not (output_dir / MANIFEST_NAME).exists():
         return None
     found = load_manifest(output_dir)
-    differing = [key for key in options if options[key] != found.options.get(key)]
-    differing += ["tokenizer"] if found.tokenizer != tokenizer else []
-    differing += ["seq_len"] if found.seq_len != seq_len else []
-    if differing:
-        flags = ", ".join("--" + ("input" if key == "inputs" else key) for key in differing)
-        raise ValueError(
-            f"--output_dir: {output_dir} was prepared with another {flags}; give another folder or "
-            "remove this one"
-        )
-    for split in found.splits.values():
-        for entry in split.files:
-            path = output_dir / entry.file
-            if not path.is_file() or path.stat().st_size != entry.bytes_on_disk:
-                raise ValueError(
-                    f"--output_dir: {path} is missing or was changed; remove {output_dir} and "
-                    "prepare it again"
-                )
-    return found
-
-
-def check_no_foreign_files(output_dir: Path) -> None:
-    """Raise ValueError when the folder holds things that no preparation wrote."""
-    own = {TRAIN, VALIDATION, WORK_NAME, QUARANTINE_NAME, MANIFEST_NAME}
-    foreign = [path for path in output_dir.glob("*") if path.name not in own]
-    for name in (TRAIN, VALIDATION):
-        foreign += [p for p in (output_dir / name).glob("*") if p.suffix != ".parquet"]
-    names = sorted(
-        str(path.relative_to(output_dir)) for path in foreign if path.suffix != TEMPORARY_SUFFIX
+    check_same_preparation(
+        output_dir,
+        {**options, "tokenizer": tokenizer, "seq_len": seq_len},
+        {**found.options, "tokenizer": found.tokenizer, "seq_len": found.seq_len},
+        [entry for split in found.splits.values() for entry in split.files],
+        advice="remove this one",
     )
-    if names:
-        raise ValueError(
-            f"--output_dir: {output_dir} holds other files ({', '.join(names[:3])}); give a new "
-            "or empty folder"
-        )
-
-
-@contextmanager
-def only_preparation_of(output_dir: Path) -> Iterator[Path]:
-    """Hold the folder's lock and give its work folder; ValueError when another process has it."""
-    work = output_dir / WORK_NAME
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output_dir: another process is preparing {output_dir}; wait for it or give "
-                "another folder"
-            ) from None
-        yield work
-
-
-def clear_unfinished(output_dir: Path) -> None:
-    """Remove what an interrupted preparation left, but not its finished units."""
-    for name in (TRAIN, VALIDATION):
-        if (output_dir / name).exists():
-            shutil.rmtree(output_dir / name)
-    (output_dir / QUARANTINE_NAME).unlink(missing_ok=True)
-    for folder in (output_dir, output_dir / WORK_NAME):
-        for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def explained_full_disk(work: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a sentence that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        done = len(list(work.glob("unit-*.json")))
-        raise OSError(
-            f"--output_dir: no space is left on the disk of {work.parent}; free some (a "
-            "preparation takes up to 4 bytes per token in all) and run the same command again: "
-            f"{done} finished units are kept"
-        ) from error
+    return found
 
 
 # Tokenising and packing, in processes
@@ -599,11 +487,12 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class UnitJob:
     """A unit to hash or to tokenise; `duplicates` has a bit for each of its documents to drop."""
 
     kind: str
     unit: Unit
+    settings: Settings
     duplicates: bytes | None = None
 
     @property
@@ -611,12 +500,18 @@ class Job:
         """Of what it writes."""
         return self.unit.name if self.kind == TOKENISE else f"hash-{self.unit.name}"
 
-    def key(self, settings: Settings) -> str:
+    @property
+    def amount(self) -> int:
+        """Of work, in bytes of text."""
+        return self.unit.num_bytes
+
+    @property
+    def key(self) -> str:
         """Return the sha256 of all that its result depends on."""
         content = [
             UNIT_VERSION,
             self.kind,
-            asdict(settings) | {"tokenizer": "", "work": ""},
+            asdict(self.settings) | {"tokenizer": "", "work": ""},
             self.unit.index,
             [
                 [file.description, file.stamp[:2], piece.start, piece.stop]
@@ -627,17 +522,17 @@ class Job:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def tokenise_jobs(units: list[Unit], deduplicate: bool, settings: Settings) -> list[Job]:
+def tokenise_jobs(units: list[Unit], deduplicate: bool, settings: Settings) -> list[UnitJob]:
     """Return the job of every unit, with its duplicates when the units have been hashed."""
     if not deduplicate:
-        return [Job(TOKENISE, unit) for unit in units]
-    names = [Job(HASH, unit).name for unit in units]
+        return [UnitJob(TOKENISE, unit, settings) for unit in units]
+    names = [UnitJob(HASH, unit, settings).name for unit in units]
     hashes = [read_array(Path(settings.work), name, "hashes") for name in names]
     lengths = [len(array) for array in hashes]
     duplicates = later_duplicates(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     of_units = np.split(duplicates, np.cumsum(lengths)[:-1])
     return [
-        Job(TOKENISE, unit, np.packbits(of_unit).tobytes())
+        UnitJob(TOKENISE, unit, settings, np.packbits(of_unit).tobytes())
         for unit, of_unit in zip(units, of_units, strict=True)
     ]
 
@@ -655,77 +550,6 @@ def later_duplicates(hashes: np.ndarray) -> np.ndarray:
     return duplicate
 
 
-def run_jobs(stage: str, jobs: list[Job], settings: Settings, num_proc: int) -> list[BadFileError]:
-    """Do the jobs that are not done yet, in any order, and return the bad files that turned up."""
-    work = Path(settings.work)
-    progress = Progress(stage, sum(job.unit.num_bytes for job in jobs))
-    to_do = []
-    for job in jobs:
-        record = read_record(work, job.name)
-        if record is not None and record["key"] == job.key(settings):
-            progress.skip(job.unit.num_bytes)
-        else:
-            remove_unit(work, job.name)
-            to_do.append(job)
-    if len(to_do) < len(jobs):
-        print(f"{stage}: {len(jobs) - len(to_do)} of {len(jobs)} units were done before")
-    bad = []
-    for job, result in in_processes(to_do, settings, num_proc):
-        if isinstance(result, BadFileError):
-            bad.append(result)
-        else:
-            progress.add(job.unit.num_bytes, result)
-    return bad
-
-
-def in_processes(
-    jobs: list[Job], settings: Settings, num_proc: int
-) -> Iterator[tuple[Job, int | BadFileError]]:
-    """Yield every job with its number of tokens, or the bad file it met, as they finish."""
-    # One thread per process: num_proc says how many cores are used.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if num_proc == 1 or len(jobs) < 2:
-        worker = Worker(settings)
-        for job in jobs:
-            yield job, worker(job)
-        return
-    pool = ProcessPoolExecutor(
-        min(num_proc, len(jobs)), get_context("spawn"), _start_process, (settings,)
-    )
-    try:
-        futures = {pool.submit(_do, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "--num_proc: a process that tokenises was killed, perhaps for want of memory; run the "
-            "same command again, with fewer processes: finished units are kept"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_of_process: Worker
-
-
-def _start_process(settings: Settings) -> None:
-    global _worker_of_process
-    _worker_of_process = Worker(settings)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # When the preparation is killed its processes must not go on: it may be started again.
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _do(job: Job) -> int | BadFileError:
-    return _worker_of_process(job)
-
-
 class Worker:
     """Reads the documents of a unit and writes what the job asks for to the work folder."""
 
@@ -741,14 +565,14 @@ class Worker:
             ).read_piece
         )
 
-    def __call__(self, job: Job) -> int | BadFileError:
+    def __call__(self, job: UnitJob) -> int | BadFileError:
         """Return the number of tokens, or the first file of the unit that is bad."""
         try:
             return self._hash(job) if job.kind == HASH else self._tokenise(job)
         except BadFileError as error:
             return error
 
-    def _hash(self, job: Job) -> int:
+    def _hash(self, job: UnitJob) -> int:
         hashes = [
             text_hash(document.text.encode())
             for _, document in self._documents(job.unit)
@@ -757,7 +581,7 @@ class Worker:
         self._write(job, {"hashes": np.array(hashes, np.uint64)}, {})
         return 0
 
-    def _tokenise(self, job: Job) -> int:
+    def _tokenise(self, job: UnitJob) -> int:
         settings = self._settings
         splits = {name: Documents(settings.dtype) for name in (TRAIN, VALIDATION)}
         rejected: Counter[str] = Counter()
@@ -796,8 +620,8 @@ class Worker:
         )
         return packed.stats.tokens + int(splits[VALIDATION].lengths().sum())
 
-    def _write(self, job: Job, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        record = {"key": job.key(self._settings), **record}
+    def _write(self, job: UnitJob, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+        record = {"key": job.key, **record}
         write_unit(Path(self._settings.work), job.name, arrays, record)
 
     def _documents(self, unit: Unit) -> Iterator[tuple[Path, Document | Rejected]]:
@@ -815,7 +639,7 @@ class Worker:
         text = clean_text(document.text)
         return replace(document, text=text) if text else Rejected("empty", document.place)
 
-    def _without_duplicates(self, job: Job) -> Iterator[tuple[Path, Document | Rejected]]:
+    def _without_duplicates(self, job: UnitJob) -> Iterator[tuple[Path, Document | Rejected]]:
         if job.duplicates is None:
             yield from self._documents(job.unit)
             return
@@ -865,19 +689,6 @@ class Documents:
 def text_hash(text: bytes) -> int:
     """Return 64 bits that decide whether a text is held out and which texts are equal."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8])
-
-
-def check_unchanged(file: InputFile) -> None:
-    """Raise ValueError when an input file is no longer the one that the preparation began with."""
-    try:
-        stamp = file_stamp(file.path)
-    except FileNotFoundError:
-        stamp = None
-    if stamp != file.stamp:
-        raise ValueError(
-            f"--input: {file.path} was changed or replaced during the preparation; leave the input "
-            "alone and run the same command again"
-        )
 
 
 def batches(
@@ -948,43 +759,6 @@ def write_quarantine(path: Path, names: list[str], work: Path) -> None:
 
 
 # What the user sees
-
-
-class Progress:
-    """Prints a line now and then: how far a stage is, its speed, and when it will be done."""
-
-    def __init__(self, stage: str, total: int) -> None:
-        self._stage = stage
-        self._total = total
-        self._done = self._skipped = self._tokens = 0
-        self._started = self._last = time.monotonic()
-
-    def skip(self, amount: int) -> None:
-        """Count work that an earlier run did, which says nothing about the speed of this one."""
-        self._skipped += amount
-
-    def add(self, amount: int, tokens: int) -> None:
-        """Count work of this run; print if the last line is some seconds old."""
-        self._done += amount
-        self._tokens += tokens
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS and self._done:
-            self._last = now
-            seconds = now - self._started
-            left = self._total - self._skipped - self._done
-            share = (self._done + self._skipped) / self._total
-            speed = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s, "
-            print(
-                f"{self._stage}: {share:.1%}, {speed if self._tokens else ''}"
-                f"ETA {duration(left * seconds / self._done)}",
-                flush=True,
-            )
-
-
-def duration(seconds: float) -> str:
-    """Return hours:minutes:seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def report(manifest: Manifest, output_dir: Path, seconds: float) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import prepare_pretrain
-from mini_llm.data import durable, text_files
+from mini_llm.data import durable, jobs, text_files
 from mini_llm.data.manifest import load_manifest
 from mini_llm.data.text_files import Document, Rejected, read_documents, read_piece, text_pieces
 from tests.unit.prepare_fixtures import (
@@ -341,7 +341,7 @@ def test_process_that_is_killed_is_one_sentence(
             process.kill()
         return future
 
-    pool = prepare_pretrain.ProcessPoolExecutor
+    pool = jobs.ProcessPoolExecutor
     submit = pool.submit
     monkeypatch.setattr(pool, "submit", start_and_kill)
     with pytest.raises(OSError, match="--num_proc: a process that tokenises was killed"):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import prepare_pretrain
+from mini_llm.data import progress
 from mini_llm.data.manifest import load_manifest
 from mini_llm.data.packing import PackingStats, pack_documents
 from mini_llm.data.text_files import clean_text
@@ -393,8 +394,8 @@ def test_progress_names_stage_share_speed_and_time_left(
 ) -> None:
     write_shards(tmp_path / "in", 8)
     clock = iter(range(0, 10_000, 4))
-    monkeypatch.setattr(prepare_pretrain.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(prepare_pretrain, "PROGRESS_SECONDS", 8.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 8.0)
     prepare(tmp_path / "in", tokenizer, tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     # Four equal units, one every 4 s; the second line comes 8 s after the first.
@@ -406,8 +407,8 @@ def test_progress_names_stage_share_speed_and_time_left(
 
 
 def test_duration_is_hours_minutes_seconds() -> None:
-    assert prepare_pretrain.duration(3 * 3600 + 61.4) == "3:01:01"
-    assert prepare_pretrain.duration(59.6) == "0:01:00"
+    assert progress.duration(3 * 3600 + 61.4) == "3:01:01"
+    assert progress.duration(59.6) == "0:01:00"
 
 
 def test_tool_prints_a_summary_that_adds_up(tmp_path: Path, tokenizer: Path) -> None:
