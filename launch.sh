@@ -13,6 +13,7 @@ CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
+TEST_PACKAGES="manpages-zh" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
@@ -294,6 +295,25 @@ install_environment() { # install_environment DEV TORCH_INDEX
     "torch_index=$index_print" >"$STAMP"
 }
 
+install_test_packages() { # where the package manager and the rights are there
+  local package missing=() log="$VENV/test_packages.log"
+  command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || return 0
+  for package in $TEST_PACKAGES; do
+    [[ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" == installed ]] ||
+      missing+=("$package")
+  done
+  ((${#missing[@]})) || return 0
+  if [[ "$(id -u)" != 0 ]]; then
+    note "some tests are skipped; to run them too: sudo apt-get install ${missing[*]}"
+    return
+  fi
+  echo "Installing the Debian packages that tests need: ${missing[*]} (apt's output: $log)"
+  apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"; }
+  apt_install "${missing[@]}" >"$log" 2>&1 ||
+    { apt-get update && apt_install "${missing[@]}"; } >>"$log" 2>&1 ||
+    note "${missing[*]} cannot be had (apt's output: $log); the tests that need it are skipped"
+}
+
 require_setup() {
   [[ -x "$VENV/bin/accelerate" ]] || usage_error "$1: nothing is installed yet; run ./launch.sh setup"
   export PATH="$VENV/bin:$PATH" # ninja, which builds extensions, is looked up there
@@ -318,9 +338,11 @@ cmd_setup() {
   done
   if is_set_up "$dev" "$torch_index"; then
     echo "already set up: $VENV"
+    ((dev == 0)) || install_test_packages
     return
   fi
   stage setup install_environment "$dev" "$torch_index"
+  ((dev == 0)) || install_test_packages
   echo "Next: ./launch.sh quickstart, or ./launch.sh doctor to check this machine"
 }
 
@@ -330,6 +352,7 @@ cmd_test() {
     if [[ "$flag" == --slow ]]; then marker="slow"; else flags+=("$flag"); fi
   done
   is_set_up 1 "" || stage setup install_environment 1 ""
+  install_test_packages
   require_setup test
   # Nothing may be fetched, and small ranks on few cores must not fight for threads.
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1

@@ -66,6 +66,7 @@ class Machine:
             "TORCH_METADATA": CPU_BUILD,
         }
         self.disk_free_gb(100)
+        self.tool("dpkg-query", "printf installed")  # so that no test installs a package
 
     def tool(self, name: str, script: str, shell: str = "#!/bin/sh\n") -> Path:
         path = self.tools / name
@@ -307,6 +308,48 @@ def test_a_folder_that_is_no_environment_is_never_overwritten(machine: Machine) 
     result = machine.with_stand_in().launch("setup")
     assert_one_line(result, 1, str(machine.venv), "not a Python environment")
     assert (machine.venv / "thesis.tex").exists()
+
+
+# ------------------------------------------------------------------ system packages of tests
+
+
+def without_test_packages(machine: Machine, user: int) -> Path:
+    """A machine of this user that lacks them; the file gets one line per call of apt-get."""
+    calls = machine.tools / "apt_calls"
+    machine.tool("dpkg-query", "exit 1")
+    machine.tool("id", f"echo {user}")
+    machine.tool("apt-get", f'echo "$@" >>{calls}\nexit "${{APT_STATUS:-0}}"')
+    machine.with_stand_in()
+    return calls
+
+
+def test_setup_with_dev_installs_the_debian_packages_that_tests_need(machine: Machine) -> None:
+    calls = without_test_packages(machine, user=0)
+    assert machine.launch("setup").returncode == 0
+    assert not calls.exists()  # nobody but a developer needs them
+    assert machine.launch("setup", "--dev").returncode == 0
+    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh\n"
+    calls.unlink()
+    assert machine.launch("setup", "--dev").stdout.startswith("already set up: ")
+    assert calls.exists()  # they may be gone while the environment is still there
+
+
+def test_setup_goes_on_and_says_so_without_the_rights_to_install_debian_packages(
+    machine: Machine,
+) -> None:
+    calls = without_test_packages(machine, user=1000)
+    result = machine.launch("setup", "--dev")
+    assert result.returncode == 0
+    assert "to run them too: sudo apt-get install manpages-zh" in result.stderr
+    assert not calls.exists()
+
+
+def test_setup_goes_on_and_says_so_where_a_debian_package_cannot_be_had(machine: Machine) -> None:
+    calls = without_test_packages(machine, user=0)
+    result = machine.launch("setup", "--dev", APT_STATUS="100")
+    assert result.returncode == 0
+    assert "manpages-zh cannot be had" in result.stderr
+    assert calls.read_text().splitlines()[1] == "update"  # the lists may be old, or none there
 
 
 # ------------------------------------------------------------------ which torch build
