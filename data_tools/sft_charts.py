@@ -10,7 +10,7 @@ import numpy as np
 
 # Lengths are counted in classes that grow by a quarter of a power of two: 8, 9.5, 11.3, 13.5, 16, …
 LENGTH_EDGES = 2.0 ** np.arange(3, 20.25, 0.25)
-PICTURE_PLACES = 1024
+PICTURE_POSITIONS = 1024
 
 
 def length_counts(lengths: Sequence[int]) -> np.ndarray:
@@ -20,9 +20,9 @@ def length_counts(lengths: Sequence[int]) -> np.ndarray:
 
 
 def attention_mask(doc_lens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Return bool [seq_len, seq_len]: whether place i may look at place j, in a packed row.
+    """Return bool [seq_len, seq_len]: whether position i attends to position j of a packed row.
 
-    A token looks at itself and what stands before it in its conversation; padding at nothing.
+    A token attends to itself and what stands before it in its conversation; padding to nothing.
     """
     document = np.full(seq_len, -1)
     document[: int(doc_lens.sum())] = np.repeat(np.arange(len(doc_lens)), doc_lens)
@@ -60,7 +60,7 @@ def draw_utilisation(path: Path, row_tokens: np.ndarray, conversations: int, seq
     axes.axvline(
         alone, color="tab:red", linestyle="--", linewidth=1, label=f"one a row, mean {alone:.1f}%"
     )
-    axes.set_xlabel("places of a row that hold a token (%)")
+    axes.set_xlabel("positions of a row that hold a token (%)")
     axes.set_ylabel("rows")
     axes.set_yscale("log")
     axes.legend()
@@ -68,11 +68,11 @@ def draw_utilisation(path: Path, row_tokens: np.ndarray, conversations: int, seq
 
 
 def draw_attention_mask(path: Path, doc_lens: np.ndarray, loss_mask: np.ndarray) -> None:
-    """Draw what each place of a row looks at, and below it which places are supervised."""
+    """Draw what each position of a row attends to, and below it which ones are supervised."""
     from matplotlib.colors import ListedColormap
 
     seq_len = len(loss_mask)
-    step = -(-seq_len // PICTURE_PLACES)
+    step = -(-seq_len // PICTURE_POSITIONS)
     allowed = attention_mask(doc_lens, seq_len)[::step, ::step]
     figure, axes = _figure(
         2, figsize=(6.5, 7.2), gridspec_kw={"height_ratios": [24, 1]}, sharex=True
@@ -80,7 +80,7 @@ def draw_attention_mask(path: Path, doc_lens: np.ndarray, loss_mask: np.ndarray)
     extent = (0, seq_len, seq_len, 0)
     colors = ListedColormap(["#f2f2f2", "tab:blue"])
     axes[0].imshow(allowed, cmap=colors, extent=extent, interpolation="nearest", vmin=0, vmax=1)
-    axes[0].set_ylabel("place that looks")
+    axes[0].set_ylabel("query position")
     axes[0].set_title(f"a packed row: {len(doc_lens)} conversations, none sees another")
     supervised = ListedColormap(["#f2f2f2", "tab:orange"])
     axes[1].imshow(
@@ -93,7 +93,7 @@ def draw_attention_mask(path: Path, doc_lens: np.ndarray, loss_mask: np.ndarray)
         vmax=1,
     )
     axes[1].set_yticks([])
-    axes[1].set_xlabel("place looked at; orange: supervised (answers and their end)")
+    axes[1].set_xlabel("key position; orange: supervised (answers and their end)")
     _save(figure, path)
 
 
