@@ -22,14 +22,13 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,7 +73,7 @@ from mini_llm.data.token_files import (
     check_token_file,
     token_pieces,
 )
-from mini_llm.data.tokenizer import load_tokenizer, text_encoder, tokenizer_fingerprint
+from mini_llm.data.tokenizer import encode_function, load_tokenizer, tokenizer_fingerprint
 from mini_llm.data.unit_files import (
     read_array,
     read_record,
@@ -87,9 +86,6 @@ from mini_llm.data.unit_files import (
 # choice: with 8,192 documents at hand a row of 2,048 is > 99.5% full.
 UNIT_DOCUMENTS = 8192
 UNIT_BYTES = 64 << 20
-# One call of the tokenizer; its result weighs about 100 times the text.
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 20
 # Part of what makes a unit: raise it when the same input should give other units.
 UNIT_VERSION = 1
 WORK_NAME = "unfinished"
@@ -556,7 +552,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._validation_threshold = int(settings.validation_fraction * 2**64)
-        self._opened_encoder: Tokenizer | None = None
+        self._encode: Callable[[str], np.ndarray] | None = None  # opened when it is first used
         self._read_piece = (
             read_piece
             if settings.is_text
@@ -587,21 +583,18 @@ class Worker:
         rejected: Counter[str] = Counter()
         quarantine = bytearray()
         input_rows = 0
-        for batch in batches(self._without_duplicates(job)):
-            documents = [document for _, document in batch if isinstance(document, Document)]
-            token_ids = iter(self._token_ids(documents))
-            for file, document in batch:
-                input_rows += 1
-                if isinstance(document, Document):
-                    text = document.text.encode()
-                    held_out = text_hash(text) < self._validation_threshold
-                    splits[VALIDATION if held_out else TRAIN].add(
-                        next(token_ids), len(text), document.source
-                    )
-                    continue
-                rejected[document.reason] += 1
-                if document.reason != DUPLICATE:  # which is not bad, and stands elsewhere
-                    quarantine += quarantine_line(file, document)
+        for file, document in self._without_duplicates(job):
+            input_rows += 1
+            if isinstance(document, Document):
+                text = document.text.encode()
+                held_out = text_hash(text) < self._validation_threshold
+                splits[VALIDATION if held_out else TRAIN].add(
+                    self._token_ids(document), len(text), document.source
+                )
+                continue
+            rejected[document.reason] += 1
+            if document.reason != DUPLICATE:  # which is not bad, and stands elsewhere
+                quarantine += quarantine_line(file, document)
         packed = pack_documents(splits[TRAIN].tokens(), splits[TRAIN].lengths(), settings.seq_len)
         arrays = row_arrays(packed, f"{settings.seed}/{TRAIN}/{job.unit.index}")
         arrays["held_out_tokens"] = splits[VALIDATION].tokens()
@@ -648,19 +641,14 @@ class Worker:
             drop = isinstance(document, Document) and next(is_duplicate)
             yield file, Rejected(DUPLICATE) if drop else document
 
-    def _token_ids(self, documents: list[Document]) -> list[np.ndarray]:
-        """Return the ids of each document with its end token."""
-        settings = self._settings
-        if not settings.is_text:
-            found: Iterable[Any] = [document.token_ids for document in documents]
-        else:
-            if self._opened_encoder is None:
-                self._opened_encoder = text_encoder(settings.tokenizer)
-            encodings = self._opened_encoder.encode_batch_fast(
-                [document.text for document in documents], add_special_tokens=False
-            )
-            found = (encoding.ids for encoding in encodings)
-        return [np.array([*ids, settings.end_of_document], settings.dtype) for ids in found]
+    def _token_ids(self, document: Document) -> np.ndarray:
+        """Return the ids of a document with its end token."""
+        found = document.token_ids
+        if found is None:
+            if self._encode is None:
+                self._encode = encode_function(self._settings.tokenizer)
+            found = self._encode(document.text)
+        return np.append(found, self._settings.end_of_document).astype(self._settings.dtype)
 
 
 class Documents:
@@ -689,22 +677,6 @@ class Documents:
 def text_hash(text: bytes) -> int:
     """Return 64 bits that decide whether a text is held out and which texts are equal."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8])
-
-
-def batches(
-    documents: Iterable[tuple[Path, Document | Rejected]],
-) -> Iterator[list[tuple[Path, Document | Rejected]]]:
-    """Yield documents in lists that the tokenizer takes at once."""
-    batch: list[tuple[Path, Document | Rejected]] = []
-    characters = 0
-    for file, document in documents:
-        batch.append((file, document))
-        characters += len(document.text) if isinstance(document, Document) else 0
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def quarantine_line(file: Path, rejected: Rejected) -> bytes:

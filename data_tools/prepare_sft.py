@@ -24,7 +24,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -86,8 +86,6 @@ from mini_llm.data.unit_files import random_keys, read_array, read_record, write
 # Part of what makes a stage's result: raise it when the same input should give another one.
 STAGE_VERSION = 1
 SCAN_BYTES = 32 << 20
-BATCH_CONVERSATIONS = 256
-BATCH_BYTES = 1 << 20
 # Best fit needs choice: with so many conversations at hand rows are > 99% full.
 WINDOW_CONVERSATIONS = 8192
 # Sampling holds about so many hashes at a time.
@@ -521,12 +519,9 @@ class Worker:
         """Do one job."""
         return self._scan(job) if isinstance(job, ScanJob) else self._pack(job)
 
-    def fit(self, conversations: Sequence[Conversation]) -> list[Fitted]:
-        """Tokenise conversations and bring them to the right length."""
-        encoded = self._encoder.encode(conversations)
-        return [self._fit(*pair) for pair in zip(conversations, encoded, strict=True)]
-
-    def _fit(self, messages: Conversation, encoded: Encoded) -> Fitted:
+    def fit(self, messages: Conversation) -> Fitted:
+        """Tokenise a conversation and bring it to the right length."""
+        encoded = self._encoder.encode(messages)
         settings = self._settings
         answers = count_answers(messages)
         while (
@@ -535,7 +530,7 @@ class Worker:
             and count_answers(messages) > 1
         ):
             messages = without_last_exchange(messages)
-            encoded = self._encoder.encode([messages])[0]
+            encoded = self._encoder.encode(messages)
         reason = None
         if len(encoded.input_ids) > settings.max_tokens:
             reason = "too_long"
@@ -554,27 +549,25 @@ class Worker:
         quarantine = bytearray()
         input_lines = 0
         check_unchanged(job.file)
-        for batch in batches(read_lines(job.file.path, job.start, job.stop)):
-            input_lines += len(batch)
-            found = [(place, line) for place, line in batch if isinstance(line, Found)]
-            for _, line in batch:
-                if isinstance(line, Rejected):
-                    rejected[line.reason] += 1
-                    quarantine += quarantine_line(job.file.path, line)
-            fitted = self.fit([line.messages for _, line in found])
-            for (place, line), fit in zip(found, fitted, strict=True):
-                mended.update(line.mended)
-                if fit.truncated and fit.reason is None:
-                    mended["truncated"] += 1
-                lengths.append(len(fit.encoded.input_ids))
-                if fit.reason is not None:
-                    rejected[fit.reason] += 1
-                    continue
-                stratum = strata.setdefault((kind_of(fit.messages), line.kind), len(strata))
-                name = digest(fit.messages)
-                # Two hashes, so that the sample says nothing about what is held out.
-                held_out = int.from_bytes(name[:8]) < held_out_below
-                rows.append((priority(name, settings.seed), place, stratum, held_out))
+        for place, line in read_lines(job.file.path, job.start, job.stop):
+            input_lines += 1
+            if isinstance(line, Rejected):
+                rejected[line.reason] += 1
+                quarantine += quarantine_line(job.file.path, line)
+                continue
+            fit = self.fit(line.messages)
+            mended.update(line.mended)
+            if fit.truncated and fit.reason is None:
+                mended["truncated"] += 1
+            lengths.append(len(fit.encoded.input_ids))
+            if fit.reason is not None:
+                rejected[fit.reason] += 1
+                continue
+            stratum = strata.setdefault((kind_of(fit.messages), line.kind), len(strata))
+            name = digest(fit.messages)
+            # Two hashes, so that the sample says nothing about what is held out.
+            held_out = int.from_bytes(name[:8]) < held_out_below
+            rows.append((priority(name, settings.seed), place, stratum, held_out))
         check_unchanged(job.file)
         rows.sort(key=lambda row: row[:2])
         write_unit(
@@ -601,13 +594,13 @@ class Worker:
     def _pack(self, job: PackJob) -> int:
         encoded: list[Encoded] = []
         kinds = Counter({SELF_AWARENESS: int((job.files < 0).sum())})
-        for batch in batches(enumerate(self._chosen(job))):
-            for (item, _), fit in zip(batch, self.fit([m for _, m in batch]), strict=True):
-                if fit.reason is not None:
-                    raise RuntimeError(f"a chosen conversation is {fit.reason}")
-                encoded.append(fit.encoded)
-                if job.files[item] >= 0:
-                    kinds[kind_of(fit.messages)] += 1
+        for item, messages in enumerate(self._chosen(job)):
+            fit = self.fit(messages)
+            if fit.reason is not None:
+                raise RuntimeError(f"a chosen conversation is {fit.reason}")
+            encoded.append(fit.encoded)
+            if job.files[item] >= 0:
+                kinds[kind_of(fit.messages)] += 1
         dtype = self._encoder.dtype
         tokens = np.concatenate([one.input_ids for one in encoded]).astype(dtype)
         labels = np.concatenate([one.labels for one in encoded])
@@ -664,22 +657,6 @@ def kind_of(messages: Conversation) -> str:
 def priority(name: bytes, seed: int) -> int:
     """Return 64 random bits that decide whether, and where, a conversation stands."""
     return int.from_bytes(hashlib.sha256(f"{seed}/".encode() + name).digest()[:8])
-
-
-def batches(items: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Yield items in lists that the tokenizer takes at once."""
-    batch: list[tuple[int, Any]] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        content = item[1]
-        messages = content.messages if isinstance(content, Found) else ()
-        size += sum(len(message["content"]) for message in messages)
-        if len(batch) == BATCH_CONVERSATIONS or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def quarantine_line(file: Path, rejected: Rejected) -> bytes:
@@ -826,9 +803,10 @@ def make_self_awareness(
             found.append(messages)
         else:
             rejected[reason] += 1
+    worker = Worker(settings)
     kept = []
-    fitted = Worker(settings).fit(found)
-    for fit in fitted:
+    for messages in found:
+        fit = worker.fit(messages)
         if fit.reason is None:
             kept.append(fit.messages)
         else:

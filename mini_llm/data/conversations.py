@@ -32,8 +32,8 @@ from .tokenizer import (
     IM_START,
     THINK_END,
     THINK_START,
+    encode_function,
     load_tokenizer,
-    text_encoder,
     tokenizer_fingerprint,
 )
 
@@ -171,7 +171,7 @@ class ChatEncoder:
         tokenizer = load_tokenizer(folder)
         self.vocab_size = len(tokenizer)
         self.fingerprint = tokenizer_fingerprint(folder)
-        self._text_encoder = text_encoder(folder)
+        self._encode_text = encode_function(folder)
         self._control_ids = {}
         vocabulary = tokenizer.get_vocab()
         for token in (IM_START, IM_END, THINK_START, THINK_END):
@@ -185,7 +185,7 @@ class ChatEncoder:
         self.start_of_message = self._control_ids[IM_START]
         self._texts: dict[str, list[int]] = {}  # of the template's own texts: headers, line ends
         for text in (f"{SYSTEM}\n", f"{USER}\n", f"{ASSISTANT}\n", "\n"):
-            self._texts[text] = self._text_encoder.encode(text, add_special_tokens=False).ids
+            self._texts[text] = self._encode_text(text).tolist()
         self._check_template(tokenizer, folder)
 
     @property
@@ -193,32 +193,21 @@ class ChatEncoder:
         """Of tokens on disk: uint16 where the vocabulary allows."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Return the tokens of every conversation; ValueError for one that is not valid."""
-        of_conversations = [list(segments(messages)) for messages in conversations]
-        texts = [
-            segment.text
-            for of_conversation in of_conversations
-            for segment in of_conversation
-            if not segment.is_control and segment.text not in self._texts
-        ]
-        encodings = iter(self._text_encoder.encode_batch_fast(texts, add_special_tokens=False))
-        result = []
-        for of_conversation in of_conversations:
-            input_ids: list[int] = []
-            supervised: list[bool] = []
-            for segment in of_conversation:
-                if segment.is_control:
-                    found = [self._control_ids[segment.text]]
-                elif segment.text in self._texts:
-                    found = self._texts[segment.text]
-                else:
-                    found = next(encodings).ids
-                input_ids += found
-                supervised += [segment.supervised] * len(found)
-            ids = np.array(input_ids, np.int32)
-            result.append(Encoded(ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32)))
-        return result
+    def encode(self, messages: Conversation) -> Encoded:
+        """Return the tokens of a conversation; ValueError for one that is not valid."""
+        input_ids: list[int] = []
+        supervised: list[bool] = []
+        for segment in segments(messages):
+            if segment.is_control:
+                found = [self._control_ids[segment.text]]
+            elif segment.text in self._texts:
+                found = self._texts[segment.text]
+            else:
+                found = self._encode_text(segment.text).tolist()
+            input_ids += found
+            supervised += [segment.supervised] * len(found)
+        ids = np.array(input_ids, np.int32)
+        return Encoded(ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32))
 
     def _check_template(self, tokenizer: Any, folder: str | Path) -> None:
         """Raise ValueError unless the tokenizer's template gives what `segments` gives."""
@@ -246,17 +235,9 @@ class ChatEncoder:
             )
             ids = np.array(expected["input_ids"])
             labels = np.where(np.array(expected["assistant_masks"]) == 1, ids, IGNORE_INDEX)
-            ours = self.encode([messages])[0]
+            ours = self.encode(messages)
             if not (np.array_equal(ours.input_ids, ids) and np.array_equal(ours.labels, labels)):
                 raise ValueError(
                     f"--tokenizer: the chat template of {folder} is another one than this "
                     f"project's ChatML; {advice}"
                 )
-
-
-def encode_conversation(
-    conversation: Conversation, encoder: ChatEncoder
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (input_ids int32 [n], labels int32 [n] with -100) of one conversation."""
-    encoded = encoder.encode([conversation])[0]
-    return encoded.input_ids, encoded.labels

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 if TYPE_CHECKING:
     import tiktoken
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -217,6 +220,19 @@ def fast_encoder(folder: str | Path) -> FastEncoder:
         special_tokens={},
     )
     return FastEncoder(encoding, text_encoder(folder))
+
+
+def encode_function(folder: str | Path) -> Callable[[str], np.ndarray]:
+    """Return the fastest function from a text to its ids, uint32 [tokens], those of `text_encoder`.
+
+    A tokenizer that tiktoken cannot run is run by `tokenizers`, and a warning says so.
+    """
+    try:
+        return fast_encoder(folder).encode
+    except ValueError as error:
+        logger.warning("%s is used instead: the same ids, several times slower", error)
+    exact = text_encoder(folder)
+    return lambda text: np.array(exact.encode(text, add_special_tokens=False).ids, np.uint32)
 
 
 def _why_not_fast(content: dict[str, Any]) -> str | None:

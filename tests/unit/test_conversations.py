@@ -17,7 +17,6 @@ from mini_llm.data.conversations import (
     ChatEncoder,
     Conversation,
     count_answers,
-    encode_conversation,
     why_invalid,
     without_last_exchange,
 )
@@ -53,6 +52,11 @@ def encoder(folder: Path) -> ChatEncoder:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder)
+
+
+def encoded(messages: Conversation, encoder: ChatEncoder) -> tuple[np.ndarray, np.ndarray]:
+    found = encoder.encode(messages)
+    return found.input_ids, found.labels
 
 
 def random_text(draw: random.Random, ordinary: bool) -> str:
@@ -113,7 +117,7 @@ def test_no_label_is_wrong_in_2500_conversations(encoder: ChatEncoder, tokenizer
     counted = {"white space first": 0, "quoted": 0, "thoughts": 0}
     for _ in range(2500):
         messages, expected, thoughts = random_conversation(draw)
-        input_ids, labels = encode_conversation(messages, encoder)
+        input_ids, labels = encoded(messages, encoder)
         assert input_ids.dtype == labels.dtype == np.int32
         supervised = spans(input_ids, labels)
         assert [tokenizer.decode(span) for span in supervised] == expected
@@ -142,7 +146,7 @@ def test_ordinary_text_gives_what_apply_chat_template_gives(
         stock = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
-        input_ids, labels = encode_conversation(messages, encoder)
+        input_ids, labels = encoded(messages, encoder)
         assert input_ids.tolist() == stock["input_ids"]
         assert (labels != -100).astype(int).tolist() == stock["assistant_masks"]
 
@@ -155,7 +159,7 @@ def test_whole_text_encoding_would_merge_white_space_where_segments_do_not(
         {"role": "assistant", "content": "\n\nHello"},
     ]
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
-    input_ids, labels = encode_conversation(messages, encoder)
+    input_ids, labels = encoded(messages, encoder)
     assert input_ids[: len(prompt)].tolist() == prompt  # what inference hands to the model
     assert (labels[: len(prompt)] == -100).all() and labels[len(prompt)] != -100
 
@@ -163,7 +167,7 @@ def test_whole_text_encoding_would_merge_white_space_where_segments_do_not(
 def test_both_spellings_of_thoughts_give_the_same_tokens(encoder: ChatEncoder) -> None:
     inline = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes </think> <think>"}
     field = {"role": "assistant", "content": "Yes </think> <think>", "reasoning_content": "hm"}
-    both = [encode_conversation([USER, answer], encoder) for answer in (inline, field)]  # type: ignore[list-item]
+    both = [encoded([USER, answer], encoder) for answer in (inline, field)]  # type: ignore[list-item]
     assert np.array_equal(both[0], both[1])
     ids = both[0][0].tolist()
     assert ids.count(THINK) == ids.count(THINK_END) == 1  # those inside the answer are text
@@ -183,13 +187,13 @@ def test_any_text_is_supervised_exactly_where_the_assistant_speaks(texts: list[s
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     if why_invalid(messages):  # thoughts alone
         return
-    input_ids, labels = encode_conversation(messages, encoder)  # type: ignore[arg-type]
+    input_ids, labels = encoded(messages, encoder)  # type: ignore[arg-type]
     decoded = [tokenizer.decode(span) for span in spans(input_ids, labels)]
     assert decoded == [text + "<|im_end|>" for text in texts[1::2]]
 
 
 def test_header_line_end_and_questions_are_never_supervised(encoder: ChatEncoder) -> None:
-    input_ids, labels = encode_conversation([USER, ANSWER], encoder)  # type: ignore[list-item]
+    input_ids, labels = encoded([USER, ANSWER], encoder)  # type: ignore[list-item]
     assert labels[0] == -100 and labels[-1] == -100 and input_ids[-2] == IM_END
     assert 0 not in input_ids  # no <|endoftext|>
 
@@ -226,7 +230,7 @@ def test_every_bad_conversation_is_refused_by_name(
     assert why_invalid(messages) == reason
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            encode_conversation(messages, encoder)
+            encoded(messages, encoder)
 
 
 def test_truncation_takes_whole_exchanges_from_the_end() -> None:

@@ -231,7 +231,7 @@ def test_same_bytes_again_with_more_processes_and_other_parts_of_work(
     assert rows[0] == rows[1]
 
 
-def test_smaller_slices_batches_and_scans_choose_the_same_conversations(
+def test_smaller_slices_and_scans_choose_the_same_conversations(
     prepared: tuple[Path, SftManifest],
     source: Path,
     tokenizer_dir: Path,
@@ -240,7 +240,6 @@ def test_smaller_slices_batches_and_scans_choose_the_same_conversations(
 ) -> None:
     monkeypatch.setattr(prepare_sft, "SAMPLED_AT_ONCE", 7)
     monkeypatch.setattr(prepare_sft, "SCAN_BYTES", 999)
-    monkeypatch.setattr(prepare_sft, "BATCH_CONVERSATIONS", 3)
     prepare([source], tokenizer_dir, tmp_path / "small")
     assert fingerprints(tmp_path / "small") == fingerprints(prepared[0])
     monkeypatch.setattr(prepare_sft, "WINDOW_CONVERSATIONS", 20)  # other rows, the same content
