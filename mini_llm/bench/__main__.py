@@ -1,0 +1,52 @@
+"""The project's own benchmark: one figure after the other, with what it was taken on.
+
+    python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --output bench_data.json
+
+Figures are medians, with minimum and maximum, of CPU time in one process; variants that are
+compared take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.tokenizer import DEFAULT_TOKENIZER
+from . import data
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Command-line entry."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llm.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_subparsers(dest="what", required=True)
+    of_data = what.add_parser("data", help="text to packed rows, and packed rows read back")
+    of_data.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="text: .parquet, .jsonl or folders"
+    )
+    of_data.add_argument(
+        "--tokenizer", type=Path, default=DEFAULT_TOKENIZER, help="default: the project's"
+    )
+    of_data.add_argument("--seq_len", type=int, default=2048, help="tokens per row (default: 2048)")
+    of_data.add_argument("--repeats", type=int, default=20, help="timed calls (default: 20)")
+    of_data.add_argument("--output", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args(command_line)
+    try:
+        figures = data.run(
+            arguments.input, arguments.tokenizer, arguments.seq_len, arguments.repeats
+        )
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
