@@ -37,6 +37,8 @@ Usage: ./launch.sh COMMAND [flags]
                  --main_port P       port of the first process (default: a free one)
                  --print             print the command and exit
   doctor       versions, devices, memory, and whether DeepSpeed starts on 2 processes
+                 --data PATH         examine the data there instead: one shard through the pipeline
+                 --tokenizer DIR, --seq_len N   for --data
   help         this text
 
 Only setup, quickstart and test install anything. Relative paths start at the repository.
@@ -455,4 +457,8 @@ main() {
   esac
 }
 
-main "$@"
+# In braces and with exit: bash reads a script as it goes, and this file may be edited meanwhile.
+{
+  main "$@"
+  exit
+}
