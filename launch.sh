@@ -457,8 +457,5 @@ main() {
   esac
 }
 
-# In braces and with exit: bash reads a script as it goes, and this file may be edited meanwhile.
-{
-  main "$@"
-  exit
-}
+# One line with exit: bash reads a script as it goes, and this file may be edited meanwhile.
+main "$@"; exit "$?"

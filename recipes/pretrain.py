@@ -32,9 +32,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from mini_llm.data import (
-    check_manifest,
     collate,
-    load_manifest,
     load_tokenizer,
     open_stream,
     token_byte_lengths,
@@ -52,12 +50,14 @@ from mini_llm.training.checkpoint import (
     load_checkpoint,
     read_state,
     save_checkpoint,
+    stream_state,
 )
 from mini_llm.training.evaluation import evaluate, load_held_out
 from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from mini_llm.training.plots import plot_loss
+from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
     run_identity,
@@ -77,7 +77,6 @@ def main(args: PretrainArguments) -> None:
         if args.quickstart_data:
             build_quickstart_data(Path(args.tokenizer).parent)
         tokenizer = load_tokenizer(args.tokenizer)
-        fingerprint = tokenizer_fingerprint(args.tokenizer)
         check_model(args.model, vocab_size=len(tokenizer))
         stream = open_stream(
             args.data,
@@ -86,21 +85,19 @@ def main(args: PretrainArguments) -> None:
             rows_per_step=args.rows_per_step(),
             rank=rank(),
             world_size=world_size(),
+            tokenizer=args.tokenizer,
         )
-        for name, source in args.data.items():
-            check_manifest(
-                load_manifest(source["path"]),
-                name=name,
-                tokenizer_fingerprint=fingerprint,
-                seq_len=args.seq_len,
-            )
-        identity = run_identity(args, fingerprint, stream.fingerprint)
+        identity = run_identity(args, tokenizer_fingerprint(args.tokenizer), stream.fingerprint)
         check_run_folder(output_dir, identity)
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    except (ValueError, FileNotFoundError) as error:
+        if checkpoint:
+            state = read_state(checkpoint)
+            stream.load_state_dict(state["stream"])
+        held_out = load_held_out(args, rank=rank(), world_size=world_size())
+    except (ValueError, OSError) as error:
         stop(str(error))
 
-    start_step = read_state(checkpoint)["step"] if checkpoint else 0
+    start_step = state["step"] if checkpoint else 0
     last_step = min(args.max_steps, args.stop_at_step or args.max_steps)
     finished = (output_dir / "final").exists() or last_step < args.max_steps
     if start_step >= last_step and finished and not args.dry_run:
@@ -161,22 +158,17 @@ def main(args: PretrainArguments) -> None:
     )
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    # ---- Resume: weights, optimizer and position in the data -------------------------------------
+    # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
     if checkpoint:
-        state = read_state(checkpoint)
         if state["engine"] != engine.describe(accelerator, model):
             stop(
                 f"--resume_from_checkpoint: {checkpoint} was written by {state['engine']}, this is "
                 f"{engine.describe(accelerator, model)}; resume with the same engine and ranks"
             )
         load_checkpoint(accelerator, checkpoint)
-        stream.load_state_dict(state["stream"])
         tokens.load_state_dict(state["tokens"])
 
-    held_out = load_held_out(
-        args.data, rank=rank(), world_size=world_size(), max_rows=args.max_eval_rows
-    )
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args)
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
@@ -185,7 +177,7 @@ def main(args: PretrainArguments) -> None:
         accelerator.device,
         accelerator.num_processes,
     )
-    print_banner(args, accelerator, model, parameters, start_step)
+    print_banner(args, accelerator, model, parameters, held_out, start_step)
     evaluation: dict[str, float] = {}
 
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
@@ -265,6 +257,8 @@ def main(args: PretrainArguments) -> None:
             metrics["train/grad_norm"] = float(grad_norm)
             metrics["train/lr"] = learning_rate
             metrics |= tokens.read()
+            for name, reasons in rejected_rows(stream).items():
+                metrics[f"data/{name}/rejected"] = reasons.total()
             metrics |= throughput.read()
             if load is not None:
                 metrics |= load.metrics()
@@ -289,7 +283,7 @@ def main(args: PretrainArguments) -> None:
                 step=step,
                 state={
                     "engine": engine.describe(accelerator, model),
-                    "stream": stream.state_dict(),
+                    "stream": stream_state(stream),
                     "tokens": tokens.state_dict(),
                 },
                 total_limit=args.save_total_limit,
@@ -298,6 +292,8 @@ def main(args: PretrainArguments) -> None:
             throughput.restart()
 
     # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
+    for line in describe_rejected(rejected_rows(stream)):
+        log.say(line)
     stream.close()
     log.close()
     if last_step == args.max_steps:

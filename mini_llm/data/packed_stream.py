@@ -27,10 +27,12 @@ from .manifest import (
     FileEntry,
     Manifest,
     Split,
+    check_manifest,
     check_seq_len,
     load_manifest,
 )
 from .shard_cache import ShardCache, file_sha256, is_remote
+from .tokenizer import tokenizer_fingerprint
 
 # A rank reads its source front to back, so one row group is in use and the next one starts.
 CACHED_ROW_GROUPS = 2
@@ -64,17 +66,18 @@ class PackedSource:
         *,
         seq_len: int,
         seed: int,
+        tokenizer: str | Path | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        folder, manifest, cache = open_prepared(location)
-        check_seq_len(manifest, name=name, seq_len=seq_len)
-        split = manifest.splits[TRAIN]
+        prepared = open_prepared(location)
+        prepared.check_fit(name, seq_len=seq_len, tokenizer=tokenizer)
+        manifest, split = prepared.manifest, prepared.manifest.splits[TRAIN]
         if not split.rows:
             raise ValueError(f"--data: {location} has no training rows; prepare it from more text")
         self.name = name
         self.fingerprint = manifest.fingerprint
-        self._files = ShardFiles(folder, split, cache, rank, world_size)
+        self._files = ShardFiles(prepared.folder, split, prepared.cache, rank, world_size)
         self.reader = RowGroupReader(self._files, split, manifest.seq_len)
         self._seed = seed
         self._rows = split.rows
@@ -143,29 +146,52 @@ def validation_rows(
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} does not lie in 0..world_size-1 (world_size {world_size})")
     name = str(folder).rstrip("/").rsplit("/", 1)[-1]
-    prepared, manifest, cache = open_prepared(folder)
-    split = manifest.splits[VALIDATION]
-    total = split.rows if max_rows is None else min(max_rows, split.rows)
+    prepared = open_prepared(folder)
+    total = prepared.manifest.splits[VALIDATION].rows
+    total = total if max_rows is None else min(max_rows, total)
     first, end = rank * total // world_size, (rank + 1) * total // world_size
-    # Each rank hashes what it reads: the split is small.
-    files = ShardFiles(prepared, split, cache, rank=0, world_size=1)
-    reader = RowGroupReader(files, split, manifest.seq_len)
-    return _rows_between(reader, name, first, end)
+    return prepared.held_out_rows(name, first, end)
 
 
-def _rows_between(reader: RowGroupReader, name: str, first: int, end: int) -> Iterator[Row]:
-    for unit, start in enumerate(reader.unit_starts):
-        for row in range(max(first, start), min(end, start + reader.unit_rows[unit])):
-            yield reader.row(unit, row - start, name)
+@dataclass(frozen=True)
+class PreparedFolder:
+    """A prepared folder: the local folder of its files, its manifest, its cache if it is remote."""
+
+    folder: Path
+    manifest: Manifest
+    cache: ShardCache | None
+
+    def check_fit(self, name: str, *, seq_len: int, tokenizer: str | Path | None) -> None:
+        """Raise ValueError, naming the flag, when the rows of data source `name` do not fit.
+
+        Without `tokenizer`, a folder, its fingerprint is not compared.
+        """
+        if tokenizer is None:
+            return check_seq_len(self.manifest, name=name, seq_len=seq_len)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        check_manifest(self.manifest, name=name, tokenizer_fingerprint=fingerprint, seq_len=seq_len)
+
+    def held_out_rows(self, name: str, first: int, end: int) -> Iterator[Row]:
+        """Yield the held-out rows from `first` to before `end`; their source is `name`."""
+        split = self.manifest.splits[VALIDATION]
+        # Each rank hashes what it reads: the split is small.
+        files = ShardFiles(self.folder, split, self.cache, rank=0, world_size=1)
+        reader = RowGroupReader(files, split, self.manifest.seq_len)
+        for unit, start in enumerate(reader.unit_starts):
+            for row in range(max(first, start), min(end, start + reader.unit_rows[unit])):
+                yield reader.row(unit, row - start, name)
 
 
-def open_prepared(location: str | Path) -> tuple[Path, Manifest, ShardCache | None]:
-    """Return the local folder and manifest of a prepared folder, and the cache if it is remote."""
+def open_prepared(location: str | Path) -> PreparedFolder:
+    """Read the manifest of a prepared folder or of its URL.
+
+    A remote one is fetched each time, because it says which files there are valid.
+    """
     if not is_remote(location):
-        return Path(location), load_manifest(location), None
+        return PreparedFolder(Path(location), load_manifest(location), None)
     cache = ShardCache(str(location))
     cache.fetch(MANIFEST_NAME, refresh=True)
-    return cache.folder, load_manifest(cache.folder), cache
+    return PreparedFolder(cache.folder, load_manifest(cache.folder), cache)
 
 
 class ShardFiles:

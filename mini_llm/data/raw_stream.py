@@ -13,9 +13,8 @@ that `prepare_pretrain.py` would hold out for validation, by the same hash, are 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +37,7 @@ from .text_files import (
     read_piece,
     text_pieces,
 )
-from .tokenizer import END_OF_TEXT, fast_encoder, text_encoder, tokenizer_fingerprint
+from .tokenizer import END_OF_TEXT, encode_function, tokenizer_fingerprint
 from .unit_files import random_keys
 
 Location = str | list[str]
@@ -48,8 +47,6 @@ WINDOW_DOCUMENTS = 1024
 WINDOW_BYTES = 8 << 20
 FILES_PER_RANK = 16
 HELD_OUT_FRACTION = 0.005
-
-logger = logging.getLogger(__name__)
 
 
 class RawFile:
@@ -146,7 +143,7 @@ def find_raw_files(location: Location) -> list[RawFile] | None:
 
 
 class RawSource:
-    """Raw files, as this rank's endless rows; `rejected` counts what is no document, by reason."""
+    """Raw files, as this rank's endless rows."""
 
     def __init__(
         self,
@@ -160,7 +157,6 @@ class RawSource:
         world_size: int = 1,
     ) -> None:
         self.name = name
-        self.rejected: Counter[str] = Counter()
         self.rows_decoded = 0
         self._files = files
         self._seq_len = seq_len
@@ -170,8 +166,9 @@ class RawSource:
         self._encoder = _Encoder(name, tokenizer)
         self.fingerprint = self._fingerprint()
         self._whole_files = len(files) >= FILES_PER_RANK * world_size
-        self._window = _Window(_Start(0, 0, 0), _Start(0, 0, 0), [], "", [])
+        self._window = _Window.empty(_Start(0, 0, 0))
         self._taken = 0
+        self._rejected: Counter[str] = Counter()  # in all windows so far, this one included
 
     def row(self, ordinal: int) -> Row:
         """Return this rank's next row; `ordinal` counts those of all ranks and is not needed."""
@@ -186,15 +183,20 @@ class RawSource:
         """Nothing: reading a file starts to fetch the next one."""
 
     def position(self) -> dict[str, Any]:
-        """Return where the rank is: where its window begins and how many rows it took from it."""
+        """Return where the rank is: where its window begins and how many rows it took from it.
+
+        `rejected` counts what was no document, by reason, in all windows so far with this one.
+        """
         if self._taken == len(self._window.rows):
-            return self._window.end.as_dict() | {"row": 0, "check": ""}
-        return self._window.start.as_dict() | {"row": self._taken, "check": self._window.check}
+            place = self._window.end.as_dict() | {"row": 0, "check": ""}
+        else:
+            place = self._window.start.as_dict() | {"row": self._taken, "check": self._window.check}
+        return place | {"rejected": dict(self._rejected)}
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go to a position; ValueError names the files if the window there has another content."""
         start = _Start(position["epoch"], position["file"], position["piece"])
-        self._window = _Window(start, start, [], "", [])
+        self._window = _Window.empty(start)
         self._taken = 0
         if position["row"]:
             self._window = self._next_window(start)
@@ -205,6 +207,7 @@ class RawSource:
                     "when the stream's state was saved; put back the files that were there, or "
                     "start a new run with another --output_dir"
                 )
+        self._rejected = Counter(position["rejected"])  # reading the window again adds nothing
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -220,6 +223,7 @@ class RawSource:
         epochs_ended = 0
         while epochs_ended < 2:
             window = self._read_window(start)
+            self._rejected += window.rejected
             if window.rows:
                 return window
             epochs_ended += window.end.epoch - start.epoch
@@ -232,6 +236,7 @@ class RawSource:
     def _read_window(self, start: _Start) -> _Window:
         documents: list[str] = []
         num_bytes = 0
+        rejected: Counter[str] = Counter()
         names: list[str] = []
         end = _Start(start.epoch + 1, 0, 0)  # unless the window is full before the epoch ends
         for file, piece, after in self._pieces_from(start):
@@ -239,7 +244,7 @@ class RawSource:
                 names.append(file.name)
             for document in _documents(file, piece):
                 if isinstance(document, Rejected):
-                    self.rejected[document.reason] += 1
+                    rejected[document.reason] += 1
                 elif not _is_held_out(document):
                     documents.append(document.text)
                     num_bytes += len(document.text.encode())
@@ -251,7 +256,8 @@ class RawSource:
         check = hashlib.sha256()
         for row in rows:
             check.update(row["input_ids"].tobytes())
-        return _Window(start, end, rows, check.hexdigest()[:16] if rows else "", names)
+        digest = check.hexdigest()[:16] if rows else ""
+        return _Window(start, end, rows, digest, names, rejected)
 
     def _pieces_from(self, start: _Start) -> Iterator[tuple[RawFile, Piece, _Start]]:
         """Yield this rank's pieces in the rest of an epoch, each with the start after it."""
@@ -359,7 +365,7 @@ class _Encoder:
             raise ValueError(f"--tokenizer: {tokenizer} has no {END_OF_TEXT} to end documents with")
         self._end = end
         self._dtype = np.dtype(np.uint16 if slow.get_vocab_size() <= 1 << 16 else np.uint32)
-        self.encode = _encode_function(tokenizer)
+        self.encode = encode_function(tokenizer)
 
     def packed_rows(self, documents: Sequence[str], seq_len: int, key: str) -> list[Row]:
         """Return the documents as rows in an order drawn from `key`."""
@@ -373,16 +379,6 @@ class _Encoder:
             Row(input_ids=packed.input_ids[row], doc_lens=packed.doc_lens[row], source=self._name)
             for row in order
         ]
-
-
-def _encode_function(tokenizer: str | Path) -> Callable[[str], Any]:
-    try:
-        fast = fast_encoder(tokenizer)
-    except ValueError as error:
-        logger.warning("%s is used instead: the same ids, several times slower", error)
-        slow = text_encoder(tokenizer)
-        return lambda text: slow.encode(text, add_special_tokens=False).ids
-    return fast.encode
 
 
 @dataclass(frozen=True)
@@ -402,10 +398,15 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Window:
-    """The rows between two starts, a digest of their tokens, and the files they are from."""
+    """The rows between two starts, a digest of their tokens, their files, and what was no text."""
 
     start: _Start
     end: _Start
     rows: list[Row]
     check: str
     files: list[str]
+    rejected: Counter[str]
+
+    @classmethod
+    def empty(cls, start: _Start) -> _Window:
+        return cls(start, start, [], "", [], Counter())

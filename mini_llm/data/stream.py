@@ -24,7 +24,7 @@ from math import gcd, isfinite, lcm
 from pathlib import Path
 from typing import Any
 
-from .manifest import VALIDATION, check_seq_len
+from .manifest import VALIDATION
 from .packed_stream import PackedSource, Row, open_prepared, validation_rows
 from .raw_stream import Location, RawSource, find_raw_files, held_out_rows
 
@@ -60,7 +60,8 @@ def open_stream(
 
     `data` maps a source's name to {"path": prepared folder, "weight": share of the rows}; weights
     are relative. A path may also be raw text, .parquet or .jsonl: a folder, a file or a list of
-    files, which needs `tokenizer`, a folder; and each of these may be an `https://` or `hf://` URL.
+    files; and each of these may be an `https://` or `hf://` URL. `tokenizer`, a folder, is what raw
+    text is tokenised with, and what prepared rows must have been; without it they are not checked.
     The iterator gives rows_per_step / world_size rows for step 0, then as many for step 1, and so
     on; over all ranks the rows of a step are the same set for every world size, raw rows excepted.
     `prefetch` reads ahead in one thread. Raises ValueError or FileNotFoundError, naming the flag,
@@ -79,12 +80,13 @@ def open_stream(
         options: dict[str, Any] = {
             "seq_len": seq_len,
             "seed": seed,
+            "tokenizer": tokenizer,
             "rank": rank,
             "world_size": world_size,
         }
         raw_files = find_raw_files(location)
         if raw_files is not None:
-            sources.append(RawSource(name, raw_files, tokenizer=tokenizer, **options))
+            sources.append(RawSource(name, raw_files, **options))
         else:
             assert not isinstance(location, list)
             sources.append(PackedSource(name, location, **options))
@@ -149,11 +151,16 @@ class RowStream(Iterator[Row]):
 
     @property
     def rejected_per_source(self) -> dict[str, Counter[str]]:
-        """Rows and lines of each raw source this rank left out, by reason, as far as it has read.
+        """Rows and lines of each raw source this rank has left out since step 0, by reason.
 
-        Counts begin when the stream is opened; what is read again after a resume counts again.
+        They count in every epoch, with the thousand documents or so that are read at a time.
         """
-        return {source.name: Counter(source.rejected) for source in self._raw_sources}
+        positions = zip(self._sources, self._place.positions, strict=True)
+        return {
+            source.name: Counter(position["rejected"])
+            for source, position in positions
+            if position is not None
+        }
 
     def __iter__(self) -> RowStream:
         return self
@@ -332,8 +339,9 @@ def open_validation(
 ) -> dict[str, HeldOut]:
     """Return this rank's contiguous slice of the first `max_rows` held-out rows of every source.
 
-    `data` is that of `open_stream`. Ranks may get one row more or less than others. A raw source
-    needs `max_rows`, because its held-out documents are spread over all its files.
+    `data` and `tokenizer` are those of `open_stream`. Ranks may get one row more or less than
+    others. A raw source needs `max_rows`, because its held-out documents are spread over all its
+    files.
     """
     _check_rank(rank, world_size)
     found = {}
@@ -347,12 +355,12 @@ def open_validation(
             rows = rows[rank * total // world_size : (rank + 1) * total // world_size]
         else:
             assert not isinstance(location, list)
-            manifest = open_prepared(location)[1]
-            check_seq_len(manifest, name=name, seq_len=seq_len)
-            total = manifest.splits[VALIDATION].rows
+            prepared = open_prepared(location)
+            prepared.check_fit(name, seq_len=seq_len, tokenizer=tokenizer)
+            total = prepared.manifest.splits[VALIDATION].rows
             total = total if max_rows is None else min(total, max_rows)
-            own = validation_rows(location, rank=rank, world_size=world_size, max_rows=max_rows)
-            rows = [Row(**row | {"source": name}) for row in own]
+            first, end = rank * total // world_size, (rank + 1) * total // world_size
+            rows = list(prepared.held_out_rows(name, first, end))
         found[name] = HeldOut(total, rows)
     return found
 

@@ -38,16 +38,17 @@ class PretrainArguments:
     output_dir: str = _arg("the run's folder: checkpoints, metrics, plots, final model")
     # Model
     model: str = _arg("a preset name, or a folder / hub id of a checkpoint to start from")
-    tokenizer: str = _arg(
-        "folder or hub id of the tokenizer; gives vocabulary size and special ids"
-    )
+    tokenizer: str = _arg("folder of the tokenizer; gives vocabulary size and special ids")
     model_overrides: dict[str, Any] = _arg(
         "config fields to change in the preset (JSON mapping)", {}
     )
     attn_implementation: str = _arg("attention: sdpa | eager | flash_attention_2 …", "sdpa")
     # Data
     data: dict[str, Any] = _arg(
-        "sources: name -> {path: prepared folder, weight: share of rows} (JSON mapping)", {}
+        "sources: name -> {path, weight: share of rows} (JSON mapping); a path is a folder written "
+        "by prepare_pretrain.py, or raw text: a folder, a file or a list of .parquet or .jsonl "
+        "files; each may also be an https:// or hf:// URL",
+        {},
     )
     quickstart_data: bool = _arg(
         "first build the quickstart corpus, tokenizer and packed rows if they are missing", False
@@ -87,7 +88,9 @@ class PretrainArguments:
     # Watching
     logging_steps: int = _arg("steps between two logged steps (the first is always logged)", 10)
     eval_steps: int = _arg("steps between evaluations on the held-out rows (0: never)", 500)
-    max_eval_rows: int = _arg("held-out rows per source and evaluation (0: all)", 256)
+    max_eval_rows: int = _arg(
+        "held-out rows per source and evaluation (0: all; raw text needs a limit)", 256
+    )
     report_to: str = _arg("trackers, comma-separated: tensorboard, wandb; or none", "tensorboard")
     run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
     sample_prompts: list[str] = _arg("prompts to complete when training ends (JSON list)", [])

@@ -1,11 +1,13 @@
 """What a recipe says before it starts, and instead of starting under ``--dry_run``."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
+from mini_llm.data.stream import HeldOut
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import describe
 
@@ -19,6 +21,7 @@ def print_banner(
     accelerator: Accelerator,
     model: Any,
     parameters: ParameterCounts,
+    held_out: Mapping[str, HeldOut],
     start_step: int,
 ) -> None:
     """One block on rank 0: model, engine, batch, data, kernels, versions."""
@@ -36,6 +39,8 @@ def print_banner(
         f"{accumulation} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
         f"{args.seq_len} tokens",
         "data": ", ".join(f"{name} (weight {s.get('weight', 1)})" for name, s in args.data.items()),
+        "held out": ", ".join(f"{name} {part.total} rows" for name, part in held_out.items())
+        or "not read (--eval_steps 0)",
         "kernels": ", ".join(f"{part} {kernel}" for part, kernel in kernels.items()),
         "run": f"{args.output_dir}, {begin}, to step {args.max_steps}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
+from mini_llm.data.stream import RowStream
 from mini_llm.hub.export import save_stock_checkpoint
 
 FORMAT_VERSION = 1
@@ -111,6 +113,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{state['format_version']}, this version reads {FORMAT_VERSION}"
         )
     return state
+
+
+def stream_state(stream: RowStream) -> Any:
+    """What ``stream.load_state_dict`` continues from on every rank; a collective.
+
+    One state that any number of ranks loads, or with raw text the list of all ranks' own.
+    """
+    state = stream.state_dict()
+    return gather_object([state]) if stream.state_is_per_rank else state
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:

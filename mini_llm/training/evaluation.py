@@ -1,9 +1,8 @@
 """Held-out loss and bits per byte, per source, over all ranks."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,32 +10,36 @@ from accelerate import Accelerator
 from torch import nn
 
 from mini_llm.data.collate import IGNORE_INDEX, collate
-from mini_llm.data.manifest import VALIDATION, load_manifest
-from mini_llm.data.stream import validation_rows
+from mini_llm.data.stream import HeldOut, Row, open_validation
+
+from .arguments import PretrainArguments
 
 
-def load_held_out(
-    data: dict[str, Any], *, rank: int, world_size: int, max_rows: int
-) -> dict[str, list[Any]]:
+def load_held_out(args: PretrainArguments, *, rank: int, world_size: int) -> dict[str, HeldOut]:
     """This rank's held-out rows of every source; they are few, so they stay in memory.
 
     Ranks with fewer rows get a row of padding, which counts nothing: under ZeRO-3 every forward is
-    a collective, so all ranks must make as many.
+    a collective, so all ranks must make as many. None are read for ``--eval_steps 0``. Raises what
+    ``open_validation`` does.
     """
-    held_out = {}
-    for name, source in data.items():
-        manifest = load_manifest(source["path"])
-        total = manifest.splits[VALIDATION].rows
-        total = min(total, max_rows) if max_rows else total
-        rows: list[Any] = list(
-            validation_rows(Path(source["path"]), rank=rank, world_size=world_size, max_rows=total)
+    if not args.eval_steps:
+        return {}
+    held_out = open_validation(
+        args.data,
+        seq_len=args.seq_len,
+        max_rows=args.max_eval_rows or None,
+        rank=rank,
+        world_size=world_size,
+        tokenizer=args.tokenizer,
+    )
+    for name, part in held_out.items():
+        padding = Row(
+            input_ids=np.zeros(args.seq_len, dtype=np.uint16),
+            doc_lens=np.zeros(0, dtype=np.int32),
+            source=name,
         )
-        padding = {
-            "input_ids": np.zeros(manifest.seq_len, dtype=np.uint16),
-            "doc_lens": np.zeros(0, dtype=np.int32),
-            "source": name,
-        }
-        held_out[name] = rows + [padding] * (math.ceil(total / world_size) - len(rows))
+        missing = math.ceil(part.total / world_size) - len(part.rows)
+        held_out[name] = dataclasses.replace(part, rows=part.rows + [padding] * missing)
     return held_out
 
 
@@ -44,7 +47,7 @@ def load_held_out(
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    held_out: dict[str, list[Any]],
+    held_out: Mapping[str, HeldOut],
     *,
     batch_size: int,
     token_bytes: np.ndarray,
@@ -58,10 +61,10 @@ def evaluate(
     model.eval()
     bytes_of = torch.from_numpy(token_bytes).to(accelerator.device)
     metrics = {}
-    for name, rows in held_out.items():
+    for name, part in held_out.items():
         # nats, predicted tokens, their bytes; float64 so that sums of millions stay exact
         totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-        for batch_rows in _batches(rows, batch_size):
+        for batch_rows in _batches(part.rows, batch_size):
             batch = collate(batch_rows, accelerator.device)
             labels = batch["labels"]
             loss_sum = model(
@@ -84,6 +87,6 @@ def evaluate(
     return metrics
 
 
-def _batches(rows: list[Any], batch_size: int) -> Iterator[list[Any]]:
+def _batches(rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
     for first in range(0, len(rows), batch_size):
         yield rows[first : first + batch_size]

@@ -1,7 +1,6 @@
 """recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
 
 import json
-import runpy
 import shutil
 import struct
 import subprocess
@@ -14,12 +13,8 @@ import pytest
 import torch
 
 from mini_llm import load_model
-from mini_llm.training import arguments
-from mini_llm.training.arguments import PretrainArguments, parse_arguments
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
-
-QUICKSTART = "recipes/configs/quickstart/pretrain.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -246,31 +241,6 @@ def test_dry_run_prints_config_sizes_and_two_decoded_rows_and_writes_nothing(tin
 
 
 # ---- Mistakes: one sentence, before any model is built -----------------------------------------
-
-
-@pytest.fixture
-def stopped(tiny_data, tmp_path, monkeypatch, capsys):
-    """Flags -> the sentence that the recipe stops with; building a model would fail the test."""
-    recipe = runpy.run_path(str(REPOSITORY / "recipes" / "pretrain.py"), run_name="recipe")
-
-    def forbidden(*args, **kwargs):
-        raise AssertionError("a model or an engine was built before the mistake was found")
-
-    recipe["main"].__globals__["build_model"] = forbidden
-    monkeypatch.setattr(recipe["engine"], "build_accelerator", forbidden)
-    monkeypatch.setattr(arguments, "SECONDS_FOR_RANK_0", 0)
-
-    def run(*flags: str) -> str:
-        base = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path / "run")]
-        args = parse_arguments(PretrainArguments, QUICKSTART, [*base, *flags])
-        with pytest.raises(SystemExit) as exit_info:
-            recipe["main"](args)
-        assert exit_info.value.code == 2
-        text = capsys.readouterr().err
-        assert text.startswith("error: ") and text.count("\n") == 1
-        return text
-
-    return run
 
 
 def test_unknown_model_is_refused_with_the_nearest_preset(stopped):

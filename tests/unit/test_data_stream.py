@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from math import lcm
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mini_llm.data.manifest import load_manifest
+from mini_llm.data.manifest import TokenizerEntry, load_manifest, write_manifest
 from mini_llm.data.packed_files import write_rows
 from mini_llm.data.packed_stream import ShardFiles
 from mini_llm.data.stream import (
@@ -27,7 +28,9 @@ from mini_llm.data.stream import (
     open_validation,
     validation_rows,
 )
+from mini_llm.data.tokenizer import tokenizer_fingerprint
 from tests.unit.data_fixtures import SEQ_LEN, write_packed_folder
+from tests.unit.prepare_fixtures import make_tokenizer
 
 EASY = settings(
     max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -444,6 +447,20 @@ def test_close_ends_the_thread_and_may_be_repeated(folder: Path) -> None:
     assert not any(t.name == "mini_llm-stream" for t in threading.enumerate())
     with pytest.raises(ValueError, match="closed"):
         next(stream)
+
+
+def test_rows_of_another_tokenizer_are_refused_where_one_is_given(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="--tokenizer: the data 'main' was packed with another"):
+        open_test_stream(folder, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="--tokenizer: the data 'main' was packed with another"):
+        open_validation({"main": {"path": folder}}, seq_len=SEQ_LEN, tokenizer=tokenizer)
+    entry = TokenizerEntry(tokenizer_fingerprint(tokenizer), 360)
+    write_manifest(folder, replace(load_manifest(folder), tokenizer=entry))
+    with open_test_stream(folder, tokenizer=tokenizer) as stream:
+        assert sorted(row_ids(stream, 12)) == list(range(12))
 
 
 def test_dropped_stream_ends_its_thread(folder: Path) -> None:

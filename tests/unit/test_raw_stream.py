@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mini_llm.data import raw_stream
+from mini_llm.data.manifest import TokenizerEntry, write_manifest
 from mini_llm.data.stream import RowStream, open_stream, open_validation
-from mini_llm.data.tokenizer import text_encoder
+from mini_llm.data.tokenizer import text_encoder, tokenizer_fingerprint
 from tests.unit.data_fixtures import write_packed_folder
 from tests.unit.prepare_fixtures import (
     conversation,
@@ -72,6 +74,12 @@ def texts_of(rows: Any, tokenizer: Path) -> Counter[str]:
             texts[encoder.decode(ids[:-1])] += 1
         assert not row["input_ids"][ends[-1] :].any()
     return texts
+
+
+def write_packed(folder: Path, files: list[int], tokenizer: Path) -> None:
+    manifest = write_packed_folder(folder, files, seq_len=SEQ_LEN)
+    entry = TokenizerEntry(tokenizer_fingerprint(tokenizer), 360)
+    write_manifest(folder, replace(manifest, tokenizer=entry))
 
 
 def trained(texts: list[str]) -> Counter[str]:
@@ -138,6 +146,35 @@ def test_deepctrl_jsonl_is_rendered_with_its_history_and_bad_lines_are_counted(
     assert rejected == {"invalid_json": 1, "not_utf8": 1, "wrong_fields": 1}
 
 
+def test_rejected_rows_are_counted_the_same_with_and_without_a_resume(
+    tmp_path: Path, open_raw: Any
+) -> None:
+    for file in range(2):
+        texts = [text for good in example_texts(60, seed=file) for text in (good, "")]
+        write_shard(tmp_path / f"text/{file}.parquet", texts)
+
+    def counts_of(stream: RowStream, steps: int) -> list[int]:
+        counts = []
+        for _ in range(steps):
+            next(stream)
+            counts.append(stream.rejected_per_source["raw"]["empty"])
+        return counts
+
+    steps = len(list(rows_of_an_epoch(open_raw(tmp_path / "text"))))
+    with open_raw(tmp_path / "text", prefetch=True) as stream:
+        expected = counts_of(stream, steps)
+    assert expected[-1] == 120 and expected == sorted(expected) and len(set(expected)) > 3
+    state: Any = None
+    got: list[int] = []
+    while len(got) < steps:
+        with open_raw(tmp_path / "text") as stream:
+            if state is not None:
+                stream.load_state_dict(json.loads(json.dumps(state)))
+            got += counts_of(stream, min(3, steps - len(got)))
+            state = stream.state_dict()
+    assert got == expected
+
+
 def test_jsonl_shared_by_ranks_gives_every_line_to_one(
     tmp_path: Path, open_raw: Any, tokenizer: Path
 ) -> None:
@@ -175,7 +212,7 @@ def test_mixture_with_raw_text_resumes_exactly_at_the_same_world_size(
     for index, documents in enumerate(shards):
         # At least as many documents as ranks, in every file.
         write_shard(root / f"text/{index}.parquet", example_texts(documents + 8, seed=index))
-    write_packed_folder(root / "packed", [9, 4], seq_len=SEQ_LEN, first_row_id=1)
+    write_packed(root / "packed", [9, 4], tokenizer)
     data = {
         "packed": {"path": root / "packed", "weight": 1.0},
         "raw": {"path": root / "text", "weight": round(weight, 2)},
@@ -225,7 +262,7 @@ def test_no_rank_gets_all_raw_rows_of_a_mixture_in_step_with_the_batch(
 ) -> None:
     # One raw row in four, four ranks with one row a step: unrotated, always the same rank's.
     write_shards(tmp_path / "text", 4)
-    write_packed_folder(tmp_path / "packed", [50], seq_len=SEQ_LEN)
+    write_packed(tmp_path / "packed", [50], tokenizer)
     data = {
         "packed": {"path": tmp_path / "packed", "weight": 3},
         "raw": {"path": tmp_path / "text", "weight": 1},
