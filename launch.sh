@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The one entry point: set up, check, test, train. `./launch.sh help` lists the commands.
+# shellcheck disable=SC2329 # the exit at the end hides from it that main calls them all
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
