@@ -1,5 +1,6 @@
 """What this machine has and whether DeepSpeed starts on it: `python -m mini_llm.doctor`.
 
+With `--data PATH` it is the data there that is examined (`data_doctor`), not the machine.
 Every line is `ok`, `note` (worth knowing, nothing needed is broken) or `FAIL`; with a `FAIL` the
 exit status is 1. A machine without a GPU is an ordinary machine.
 """
@@ -15,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from .finding import Finding
 from .parallel.environment import clear_stale_build_locks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -40,18 +41,6 @@ KERNELS = {  # distribution name → module it provides
     "liger-kernel": "liger_kernel",
 }
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    status: Literal["ok", "note", "FAIL"]
-    subject: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.status:<4}  {self.subject:<22}  {self.detail}"
 
 
 def tested_versions() -> dict[str, str]:
@@ -302,21 +291,51 @@ def inner_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def check_everything() -> Iterator[Finding]:
+    """All findings about the machine."""
+    checks = [check_versions, check_machine, check_devices]
+    for check in [*checks, check_kernels, check_build_locks, check_deepspeed]:
+        yield from check()
+
+
+def report(findings: Iterable[Finding]) -> int:
+    """Prints the findings as they come; 1 where one is FAIL."""
+    failed = False
+    for finding in findings:
+        print(finding, flush=True)
+        failed = failed or finding.status == "FAIL"
+    return int(failed)
+
+
 def main() -> int:
     """Prints the report; 1 where something that training needs is broken."""
     parser = argparse.ArgumentParser(prog="./launch.sh doctor", description=__doc__)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().probe:
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="examine this data instead of the machine: parquet, jsonl, .bin tokens or a prepared "
+        "folder; a file, a folder, or an https:// or hf:// URL",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer for --data (default: mini_llm/tokenizer)"
+    )
+    parser.add_argument(
+        "--seq_len", type=int, help="tokens per row for --data (default: a prepared folder's, 2048)"
+    )
+    arguments = parser.parse_args()
+    if arguments.probe:
         probe()
         return 0
-    failed = False
-    checks = [check_versions, check_machine, check_devices]
-    for check in [*checks, check_kernels, check_build_locks, check_deepspeed]:
-        for finding in check():
-            print(finding, flush=True)
-            failed = failed or finding.status == "FAIL"
+    if arguments.data is not None:
+        from .data_doctor import examine  # loads what the check of a machine does not need
+
+        return report(examine(arguments.data, arguments.tokenizer, arguments.seq_len))
+    if arguments.tokenizer is not None or arguments.seq_len is not None:
+        parser.error("--tokenizer and --seq_len belong to --data PATH")
+    failed = report(check_everything())
     print("something is broken, see FAIL above" if failed else "this machine is ready")
-    return int(failed)
+    return failed
 
 
 if __name__ == "__main__":
