@@ -280,7 +280,7 @@ def test_prepared_conversations_are_checked_and_decoded(tokenizer: Path, packed_
     assert "prepare_sft.py" in found["data"]
     assert "single_turn 80.0%" in found["types"]
     assert found["the shortest one"].startswith("«supervised»: <|im_start|>user")
-    assert "./launch.sh sft --data" in found["verdict"]
+    assert "open_sft_rows" in found["verdict"]
 
 
 def test_ready_made_conversations_are_examined(
@@ -290,7 +290,7 @@ def test_ready_made_conversations_are_examined(
     found = ok(report(file, tokenizer))
     assert "ready-made SFT parquet" in found["data"]
     assert "each holds together" in found["rows"]
-    assert "./launch.sh sft --data" in found["verdict"]
+    assert "open_sft_rows" in found["verdict"]
 
 
 def test_the_projects_tokenizer_is_the_default(tmp_path: Path) -> None:
