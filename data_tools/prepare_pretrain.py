@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mini_llm.data.durable import complete_or_absent
-from mini_llm.data.input_files import InputFile, check_unchanged
+from mini_llm.data.input_files import InputFile, check_unchanged, skip_or_raise
 from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import (
     MANIFEST_NAME,
@@ -368,16 +368,6 @@ def check_file(file: Path, settings: Settings) -> None:
         check_token_file(
             file, Path(settings.tokenizer), settings.vocab_size, settings.end_of_document
         )
-
-
-def skip_or_raise(error: BadFileError, skipped: dict[str, str], skip_bad_files: bool) -> None:
-    """Note a bad file as skipped, or raise the error when that was not asked for."""
-    if not skip_bad_files:
-        raise ValueError(f"{error}, or give --skip_bad_files") from error
-    if error.file not in skipped:
-        # By its name, so that the manifest does not depend on where the input lies.
-        skipped[error.file] = error.fault.replace(error.file, Path(error.file).name)
-        print(f"skipped: {error.fault}", flush=True)
 
 
 @dataclass(frozen=True)

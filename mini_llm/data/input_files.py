@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .text_files import BadFileError
+
 SAMPLED_BYTES = 64 * 1024
 
 
@@ -39,6 +41,16 @@ def check_unchanged(file: InputFile) -> None:
             f"--input: {file.path} was changed or replaced during the preparation; leave the input "
             "alone and run the same command again"
         )
+
+
+def skip_or_raise(error: BadFileError, skipped: dict[str, str], skip_bad_files: bool) -> None:
+    """Note a bad file as skipped, or raise the error when that was not asked for."""
+    if not skip_bad_files:
+        raise ValueError(f"{error}, or give --skip_bad_files") from error
+    if error.file not in skipped:
+        # By its name, so that the manifest does not depend on where the input lies.
+        skipped[error.file] = error.fault.replace(error.file, Path(error.file).name)
+        print(f"skipped: {error.fault}", flush=True)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

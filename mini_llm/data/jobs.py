@@ -100,7 +100,7 @@ def _results(
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "--num_proc: a process that tokenises was killed, perhaps for want of memory; run the "
+            "--num_proc: a worker process was killed, perhaps for want of memory; run the "
             "same command again, with fewer processes: finished units are kept"
         ) from error
     finally:

@@ -181,7 +181,7 @@ def _checked(text: object, source: object, place: str) -> Document | Rejected:
     if not text.strip():
         return Rejected("empty", place, text[:QUARANTINED_CHARACTERS])
     try:
-        text.encode()
+        f"{source}{text}".encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
         content = text[:QUARANTINED_CHARACTERS].encode(errors="backslashreplace").decode()
         return Rejected("invalid_unicode", place, content)
