@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CompileConfig,
@@ -18,6 +17,7 @@ from transformers.modeling_layers import MtpModel
 from mini_llm import build_model, load_model
 from mini_llm.models.common.loss import next_tokens
 from mini_llm.models.deepseekv3.modeling import mtp_targets, reaches, sequence_balance_loss
+from tests.parity.operators import Operators
 
 SMALL = {"vocab_size": 160, "pad_token_id": 0, "eos_token_id": 0}
 
@@ -196,40 +196,16 @@ def test_the_chosen_experts_lie_in_the_best_groups_and_weigh_by_their_raw_score(
         torch.testing.assert_close(logits[n].sigmoid(), scores)
 
 
-class _Operators(TorchDispatchMode):
-    """Every aten operator that runs: its name and the dtypes of its tensor arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, list[torch.dtype]]] = []
-        self.computing = self.synchronising = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        tensors = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        dtypes = [a.dtype for a in tensors if isinstance(a, torch.Tensor)]
-        self.calls.append((name, dtypes))
-        allocates = name.startswith(("empty", "zeros", "ones", "full", "new_", "arange"))
-        self.computing += not (func.is_view or name == "_unsafe_view" or allocates)
-        self.synchronising += (
-            name in ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2")
-            or (name in ("index", "index_put", "index_put_") and torch.bool in dtypes[1:])
-            or (name == "repeat_interleave" and "output_size" not in (kwargs or {}))
-        )
-        return func(*args, **(kwargs or {}))
-
-
 def test_autocast_runs_expert_matrices_in_bf16_and_the_router_in_fp32():
     model = _build().train()
     tokens = _tokens(2, 24)
-    with _Operators() as seen:
+    with Operators() as seen:
         with torch.autocast("cpu", torch.bfloat16):
             output = model(tokens, labels=tokens)
         output.loss.backward()
-    grouped = [dtypes for name, dtypes in seen.calls if name == "_grouped_mm"]
     # 3 layers with experts and an MTP layer, forward and backward.
-    assert len(grouped) == 2 * 4 + 4 * 4
-    assert all(dtypes[:2] == [torch.bfloat16] * 2 for dtypes in grouped)
+    assert seen.product_dtypes["_grouped_mm", torch.bfloat16] == 2 * 4 + 4 * 4
+    assert seen.product_dtypes["_grouped_mm", torch.float32] == 0
     with torch.autocast("cpu", torch.bfloat16):
         logits, weights, _ = model.model.layers[1].mlp.gate(torch.randn(5, 128))
     assert logits.dtype == weights.dtype == torch.float32
@@ -248,11 +224,12 @@ def test_the_preset_has_the_designed_size_and_needs_few_operators_and_one_synchr
     tokens = _tokens(2, 256)
     packed = _positions(100, 156).expand(2, -1)
     for positions in (None, packed):
-        with _Operators() as seen:
+        model.zero_grad()
+        with Operators() as seen:
             output = model(tokens, position_ids=positions, labels=tokens, use_cache=False)
             (output.loss + 1e-4 * output.balance_loss).backward()
-        assert seen.computing <= 3000
-        assert seen.synchronising <= 1
+        assert seen.operators.total() <= 3_000
+        assert seen.synchronisations.total() <= 1, seen.synchronisations
 
 
 # ---- Cache ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers.modeling_flash_attention_utils as flash_utils
 from transformers import AutoModelForCausalLM
 
 from mini_llm import build_model, list_models, load_model
@@ -115,6 +117,18 @@ def test_a_packed_row_equals_its_documents_one_by_one(pair):
     assert (changed[:, :9] - packed[:, :9]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_rows_of_a_batch_may_be_packed_differently(pair):
+    ours, _, _ = pair
+    tokens = _tokens(3, 40)
+    packings = [[25, 15], [40], [1, 30, 1, 8]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in packings])
+    packed = ours(tokens, position_ids=positions).logits
+    for row, lengths in enumerate(packings):
+        alone = [ours(part).logits for part in tokens[row : row + 1].split(lengths, 1)]
+        assert (packed[row : row + 1] - torch.cat(alone, 1)).abs().max() <= 1e-5
+
+
 def test_a_packed_rows_gradient_is_the_sum_of_its_documents_gradients(pair):
     _, _, folder = pair
     packed, separate = load_model(folder).train(), load_model(folder).train()
@@ -150,6 +164,67 @@ def test_every_attention_implementation_gives_the_same_packed_logits(pair, imple
         assert (other(tokens, **kwargs).logits - ours(tokens, **kwargs).logits).abs().max() <= 1e-5
 
 
+def _flash_stand_in(monkeypatch) -> list[list[int]]:
+    """Put plain attention behind transformers' flash interface; what it was called with, a call."""
+    calls = []
+
+    def variable_length(q_Nhd, k_Nhd, v_Nhd, *, cu_seqlens_q, causal, softmax_scale, **_):
+        calls.append(cu_seqlens_q.tolist())
+        lengths = cu_seqlens_q.diff().tolist()
+        parts = [x.transpose(0, 1)[None].split(lengths, 2) for x in (q_Nhd, k_Nhd, v_Nhd)]
+        kwargs = {"is_causal": causal, "scale": softmax_scale, "enable_gqa": True}
+        outputs = [
+            F.scaled_dot_product_attention(*qkv, **kwargs) for qkv in zip(*parts, strict=True)
+        ]
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    def arguments(*, is_causal, softmax_scale, **_):
+        return {"causal": is_causal, "softmax_scale": softmax_scale}
+
+    kernels = (None, variable_length, None, None, None), (arguments, None)
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: kernels)
+    return calls
+
+
+@torch.no_grad()
+def test_flash_attention_gets_the_documents_of_all_rows_whoever_else_names_them(pair, monkeypatch):
+    ours, _, folder = pair
+    flash = load_model(folder).eval()
+    if not flash._supports_flash_attn:
+        return  # it is refused: see the next test
+    flash.config._attn_implementation_internal = "flash_attention_2"
+    calls = _flash_stand_in(monkeypatch)
+    tokens = _tokens(2, 30)
+    packings = ([12, 1, 17], [30])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in packings])
+    expected = ours(tokens, position_ids=positions).logits
+    # transformers' collator for flattened batches hands the boundaries to the model, too.
+    boundaries = torch.tensor([0, 12, 13, 30, 60], dtype=torch.int32)
+    collated = {f"cu_seq_lens_{side}": boundaries for side in "qk"}
+    collated |= {f"max_length_{side}": 30 for side in "qk"}
+    for kwargs in ({"use_cache": False}, {"use_cache": True}, collated):
+        calls.clear()
+        logits = flash(tokens, position_ids=positions, **kwargs).logits
+        assert (logits - expected).abs().max() <= 1e-5
+        assert calls and all(call == boundaries.tolist() for call in calls)
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flashy"])
+def test_an_attention_that_cannot_be_had_is_refused_by_name(pair, implementation):
+    _, _, folder = pair
+    if not torch.cuda.is_available():  # with a GPU and the package there is nothing to refuse
+        with pytest.raises((ImportError, ValueError), match="(?i)flash"):
+            load_model(folder, attn_implementation=implementation)
+
+
+def test_training_with_flex_attention_needs_a_gpu_and_says_so():
+    model, tokens = build_model("mini_llama3_tiny", **SMALL).train(), _tokens(1, 8)
+    model.set_attn_implementation("flex_attention")
+    if not torch.cuda.is_available():
+        with pytest.raises(NotImplementedError, match="FlexAttention does not support backward"):
+            model(tokens, labels=tokens).loss.backward()
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(pair):
     ours, _, folder = pair
     tokens = _tokens(2, 30)
@@ -178,7 +253,16 @@ def test_cached_decoding_equals_the_full_forward(pair):
 
 
 @pytest.mark.parametrize(
-    "strategy", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
+    "strategy",
+    [
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 2},
+        {"do_sample": True, "top_k": 20},
+        {"prefill_chunk_size": 5},
+    ],
+    ids=str,
 )
 def test_generate_with_left_padding_equals_the_stock_class_token_for_token(pair, strategy):
     ours, stock, _ = pair
@@ -188,7 +272,11 @@ def test_generate_with_left_padding_equals_the_stock_class_token_for_token(pair,
         mask[row, :padding] = 0
         tokens[row, :padding] = 0
     kwargs = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, **strategy}
-    assert torch.equal(ours.generate(tokens, **kwargs), stock.generate(tokens, **kwargs))
+    generated = []
+    for model in (ours, stock):
+        torch.manual_seed(0)
+        generated.append(model.generate(tokens, **kwargs))
+    assert torch.equal(*generated)
 
 
 def test_resizing_the_vocabulary_keeps_the_loss_head_and_the_tie(pair):
@@ -212,22 +300,27 @@ def test_casting_to_bf16_keeps_the_rotary_frequencies_in_fp32(pair):
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
-         "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 64},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
     ],
     ids=lambda rope: rope["rope_type"],
 )  # fmt: skip
+@pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
-def test_rope_scaling_of_the_stock_config_gives_the_stock_logits(rope, tmp_path):
+def test_rope_scaling_of_the_stock_config_gives_the_stock_logits(name, rope, tmp_path):
+    unscaled = build_model(name, **SMALL).eval()
+    rope = unscaled.config.rope_parameters | rope
     torch.manual_seed(0)
-    ours = build_model("mini_llama3_tiny", rope_parameters=rope, **SMALL).eval()
+    ours = build_model(name, rope_parameters=rope, max_position_embeddings=96, **SMALL).eval()
+    unscaled.load_state_dict(ours.state_dict())
     ours.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = _tokens(2, 100)
+    tokens = _tokens(2, 120)
     assert (ours(tokens).logits - stock(tokens).logits).abs().max() <= 1e-5
+    assert (ours(tokens).logits - unscaled(tokens).logits).abs().max() > 1e-3
 
 
 def test_the_full_preset_has_about_a_hundred_million_parameters():

@@ -102,7 +102,8 @@ def prepare_attention(
 
     A packed row keeps its documents apart by the cheapest means that the implementation has: fused
     calls a document (sdpa on the CPU), variable-length kernels (flash attention), or a
-    block-diagonal mask (the rest). ``position_ids`` None means one document a row.
+    block-diagonal mask (the rest). ``position_ids`` None means one document a row. The keyword
+    arguments stand above a caller's own boundaries (transformers' flattening collator gives some).
     """
     documents = packed_documents(inputs_embeds, attention_mask, position_ids, past_key_values)
     return prepare_attention_within(

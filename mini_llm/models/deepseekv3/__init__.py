@@ -67,7 +67,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def mixing_flops_per_token(config: "DeepseekV3Config", seq_len: int) -> float:
-    """Forward and backward of q kᵀ (keys of d_nope + d_rope) and of weights · v, MTP layers too."""
+    """Forward and backward of q kᵀ (keys of d_nope + d_rope) and of weights · v, MTP layers too.
+
+    The model's own products: the zeros that fill a value up to a key's size do not count.
+    """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     key_and_value = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 6.0 * layers * config.num_attention_heads * key_and_value * seq_len

@@ -496,8 +496,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                **attention_kwargs,
-                **kwargs,
+                **(kwargs | attention_kwargs),
             )
         return DeepseekV3ModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -537,8 +536,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
                 embeddings,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
-                **attention_kwargs,
-                **kwargs,
+                **(kwargs | attention_kwargs),
             )
             balance_loss = self.balance(
                 {first + depth - 1: routing}, reaches(position_ids, real, depth)

@@ -20,7 +20,7 @@ _COMMON: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "mini_llama3": {  # 100.2 M parameters with the 32,004-entry vocabulary
+    "mini_llama3": {  # 100.5 M parameters with the 32,004-entry vocabulary
         **_COMMON,
         "hidden_size": 768,
         "num_hidden_layers": 12,

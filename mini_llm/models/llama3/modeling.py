@@ -153,8 +153,7 @@ class MiniLlama3Model(MiniLlama3PreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                **attention_kwargs,
-                **kwargs,
+                **(kwargs | attention_kwargs),
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values

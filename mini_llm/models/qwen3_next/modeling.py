@@ -407,8 +407,7 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                **attention_kwargs,
-                **kwargs,
+                **(kwargs | attention_kwargs),
             )
         return MiniQwen3NextModelOutput(
             last_hidden_state=self.norm(hidden_states),
