@@ -441,7 +441,8 @@ cmd_pretrain() {
   require_setup pretrain
   spare_deepspeed_the_search
   export OMP_NUM_THREADS="$threads" # the flag above is enough, but torchrun warns without it
-  exec "${launch[@]}"
+  # Runs that command; a signal reaches the ranks, which save, and the status is 0.
+  exec "$VENV/bin/python" -m mini_llm.parallel.launcher "${launch[@]}"
 }
 
 cmd_doctor() {

@@ -21,9 +21,11 @@ from mini_llm.training.arguments import PretrainArguments, check_arguments, pars
 if __name__ == "__main__":  # --help and mistyped flags answer before the slow imports below
     ARGS = parse_arguments(PretrainArguments, "recipes/configs/quickstart/pretrain.yaml")
 
+from mini_llm.parallel import watchdog
 from mini_llm.parallel.environment import prepare_environment, rank, world_size
 
 prepare_environment()  # DeepSpeed and transformers read it when they are imported
+watchdog.end_with_launcher()
 
 import math
 
@@ -43,16 +45,19 @@ from mini_llm.hub.export import base_generation_config, save_final
 from mini_llm.hub.model_card import card_facts
 from mini_llm.models import build_model, check_model, is_checkpoint, load_model
 from mini_llm.parallel import engine
+from mini_llm.parallel.agreement import check_ranks_agree
+from mini_llm.parallel.compile import compile_layers
+from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
     find_checkpoint,
-    load_checkpoint,
     read_state,
     save_checkpoint,
     stream_state,
 )
-from mini_llm.training.evaluation import evaluate, load_held_out
+from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
+from mini_llm.training.interruption import Interruption, note_the_stop
 from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -60,10 +65,12 @@ from mini_llm.training.plots import plot_loss
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
+    check_tokenizer_of_model,
     run_identity,
     write_config,
     write_run_facts,
 )
+from mini_llm.training.run_lock import RunLock
 from mini_llm.training.samples import print_samples
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
 
@@ -87,8 +94,13 @@ def main(args: PretrainArguments) -> None:
             world_size=world_size(),
             tokenizer=args.tokenizer,
         )
-        identity = run_identity(args, tokenizer_fingerprint(args.tokenizer), stream.fingerprint)
+        fingerprint = tokenizer_fingerprint(args.tokenizer)
+        check_tokenizer_of_model(args, fingerprint)
+        identity = run_identity(args, fingerprint, stream.fingerprint)
         check_run_folder(output_dir, identity)
+        lock = RunLock(output_dir)
+        if not args.dry_run:
+            lock.take(rank())  # one run at a time in a folder
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         if checkpoint:
             state = read_state(checkpoint)
@@ -114,13 +126,19 @@ def main(args: PretrainArguments) -> None:
             gradient_accumulation_steps=accumulation,
             max_grad_norm=args.max_grad_norm,
             bf16=args.bf16,
+            timeout_seconds=args.ddp_timeout,
             log_with=args.trackers,
             project_dir=output_dir,
         )
+        check_ranks_agree(
+            {"arguments": str(args), "data": stream.fingerprint, "checkpoint": str(checkpoint)}
+        )
     except (RuntimeError, ValueError) as error:
         stop(str(error))
-    if accelerator.is_main_process and not args.dry_run:
-        write_config(output_dir, args)
+    if not args.dry_run:
+        lock.join()
+        if accelerator.is_main_process:
+            write_config(output_dir, args)
 
     # ---- Model: the same weights on every rank, whatever the engine ------------------------------
     disable_progress_bar()  # for loading and saving a hundred megabytes
@@ -142,6 +160,11 @@ def main(args: PretrainArguments) -> None:
     model.generation_config = base_generation_config(tokenizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        try:
+            compile_layers(model, accelerator.device)
+        except RuntimeError as error:
+            stop(f"--torch_compile true: {error}")
     config, parameters = model.config, count_parameters(model)
     if args.dry_run:
         print_dry_run(
@@ -161,16 +184,21 @@ def main(args: PretrainArguments) -> None:
     # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
     if checkpoint:
-        if state["engine"] != engine.describe(accelerator, model):
-            stop(
-                f"--resume_from_checkpoint: {checkpoint} was written by {state['engine']}, this is "
-                f"{engine.describe(accelerator, model)}; resume with the same engine and ranks"
+        try:
+            load_engine_state(
+                accelerator,
+                model,
+                optimizer,
+                checkpoint / "engine",
+                written_by=state["engine"],
+                scratch=output_dir / "checkpoints",
             )
-        load_checkpoint(accelerator, checkpoint)
+        except EngineMismatch as error:
+            stop(str(error))
         tokens.load_state_dict(state["tokens"])
 
     token_bytes = token_byte_lengths(tokenizer)
-    start_trackers(accelerator, args)
+    start_trackers(accelerator, args, start_step=start_step)
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
     throughput = Throughput(
         training_flops_per_token(config, parameters, args.seq_len),
@@ -179,10 +207,12 @@ def main(args: PretrainArguments) -> None:
     )
     print_banner(args, accelerator, model, parameters, held_out, start_step)
     evaluation: dict[str, float] = {}
+    interruption = Interruption(max_hours=args.max_hours, save_minutes=args.save_minutes)
 
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
+    watchdog.end_if_stuck(args.ddp_timeout)
     model.train()
-    gradient_bytes = 0
+    gradient_bytes = evaluated_at = 0
     for step in range(start_step + 1, last_step + 1):
         micro_batches = []
         for _ in range(accumulation):
@@ -192,11 +222,9 @@ def main(args: PretrainArguments) -> None:
 
         # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
         # micro-batches, so it does not depend on how the step is divided.
-        num_targets = torch.tensor(
-            float(sum(batch["num_target_tokens"] for batch in micro_batches)),
-            device=accelerator.device,
-        )
-        num_targets = accelerator.reduce(num_targets, "sum")
+        num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
+        sums = torch.tensor([num_targets, *interruption.wishes()], device=accelerator.device)
+        sums = accelerator.reduce(sums, "sum")
 
         set_learning_rate(
             optimizer,
@@ -206,6 +234,8 @@ def main(args: PretrainArguments) -> None:
                 max_steps=args.max_steps,
                 warmup_steps=args.warmup,
                 min_lr_ratio=args.min_lr_ratio,
+                schedule=args.lr_scheduler_type,
+                decay_steps=args.decay,
             ),
         )
         step_losses: dict[str, torch.Tensor] = {}
@@ -221,7 +251,7 @@ def main(args: PretrainArguments) -> None:
                     input_ids=batch["input_ids"],
                     position_ids=batch["position_ids"],
                     labels=batch["labels"],
-                    num_items_in_batch=num_targets,
+                    num_items_in_batch=sums[0],
                     use_cache=False,
                 )
                 loss, parts = combine_losses(
@@ -246,9 +276,11 @@ def main(args: PretrainArguments) -> None:
             held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
             write_run_facts(output_dir, args, accelerator, model, identity, held)
 
-        # Once in a while: log, evaluate, save.
+        # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
+        interruption.agree(sums[1:])
+        is_last = step == last_step or interruption.stop_now
         metrics: dict[str, float | None] = {}
-        if step == 1 or step % args.logging_steps == 0 or step == last_step:
+        if step == 1 or step % args.logging_steps == 0 or is_last:
             losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
             if not all(map(math.isfinite, losses)):
                 raise RuntimeError(f"the loss of step {step} is {losses}; lower --learning_rate")
@@ -271,10 +303,12 @@ def main(args: PretrainArguments) -> None:
                 token_bytes=token_bytes,
             )
             metrics |= evaluation
+            evaluated_at = step
             throughput.restart()
         if metrics:
             log.write(step, metrics)
-        if step == last_step or (args.save_steps and step % args.save_steps == 0):
+        save_is_due = args.save_steps and step % args.save_steps == 0
+        if is_last or save_is_due or interruption.save_now:
             saved = save_checkpoint(
                 accelerator,
                 model,
@@ -282,20 +316,30 @@ def main(args: PretrainArguments) -> None:
                 output_dir,
                 step=step,
                 state={
-                    "engine": engine.describe(accelerator, model),
+                    "engine": describe_engine(accelerator, model),
                     "stream": stream_state(stream),
                     "tokens": tokens.state_dict(),
                 },
                 total_limit=args.save_total_limit,
+                milestone_steps=args.milestone_steps,
+                eval_loss=mean_loss(evaluation) if evaluated_at == step else None,
             )
             log.say(f"saved {saved}")
+            interruption.saved()
             throughput.restart()
+        if interruption.stop_now:
+            log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
+            note_the_stop()
+            last_step = step
+            break
 
     # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
     for line in describe_rejected(rejected_rows(stream)):
         log.say(line)
     stream.close()
     log.close()
+    interruption.close()
+    watchdog.rest()
     if last_step == args.max_steps:
         card = card_facts(args, accelerator, model, tokens=tokens.total(), evaluation=evaluation)
         save_final(accelerator, model, tokenizer, output_dir / "final", card)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mini_llm.parallel.environment import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 300
 
@@ -43,17 +45,10 @@ def launch(
 
     ``config`` None: no Accelerate config at all. ``check``: a failure fails the test, with output.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if config is not None:
-        command += ["--config_file", f"accelerate_configs/{config}.yaml"]
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(REPOSITORY / "recipes/pretrain.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        command,
+        launch_command(*flags, config=config, processes=processes),
         cwd=cwd,
-        env=environment,
+        env=launch_environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -61,6 +56,50 @@ def launch(
     )
     assert not check or done.returncode == 0, done.stdout
     return done
+
+
+def launch_command(*flags: str, config: str | None = "zero1", processes: int = 2) -> list[str]:
+    """The words of ``accelerate launch … recipes/pretrain.py flags``."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config is not None:
+        command += ["--config_file", f"accelerate_configs/{config}.yaml"]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [*command, str(REPOSITORY / "recipes/pretrain.py"), *flags]
+
+
+def launch_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a launch: one thread a rank, and the code beside the recipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment.pop("PYTHONPATH", None)
+    return environment
+
+
+def launch_several(
+    runs: list[list[str]],
+    plan: Path,
+    *,
+    config: str = "zero1",
+    processes: int = 2,
+    env: dict[str, str] | None = None,
+    seconds: float = 600,
+) -> None:
+    """Run the recipe once for every list of flags, one after the other, in one launch.
+
+    ``plan`` is a file to write them to for tests/distributed/several_runs.py, which says why the
+    runs are independent. Fails with the output if one of them fails.
+    """
+    plan.write_text(json.dumps([{"flags": flags, "port": free_port()} for flags in runs]))
+    *launcher, _ = launch_command(config=config, processes=processes)
+    done = subprocess.run(
+        [*launcher, str(REPOSITORY / "tests/distributed/several_runs.py"), str(plan)],
+        cwd=REPOSITORY,
+        env=launch_environment(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

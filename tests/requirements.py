@@ -1,4 +1,4 @@
-"""What some tests need of the machine: they are skipped without it, which CI=true makes a failure."""
+"""What some tests need of the machine: skipped without it, which CI=true makes a failure."""
 
 import os
 from pathlib import Path
@@ -12,5 +12,7 @@ def require_debian_package(package: str, path: Path) -> None:
         return
     reason = f"the Debian package {package} is not installed ({path} is missing)"
     if os.environ.get("CI") == "true":
-        pytest.fail(f"{reason}; ./launch.sh test installs it where apt-get and the rights are there")
+        pytest.fail(
+            f"{reason}; ./launch.sh test installs it where apt-get and the rights are there"
+        )
     pytest.skip(reason)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
+from .watchdog import beat
 
 
 def build_accelerator(
@@ -29,6 +31,7 @@ def build_accelerator(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 1.0,
     bf16: bool = False,
+    timeout_seconds: float = 600.0,
     log_with: list[str] | None = None,
     project_dir: str | Path | None = None,
 ) -> Accelerator:
@@ -65,7 +68,10 @@ def build_accelerator(
     if project_dir is not None:
         logs = str(Path(project_dir) / "logs")
         project = ProjectConfiguration(project_dir=str(project_dir), logging_dir=logs)
-    kwargs_handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    # A collective that waits longer than this for a late rank ends with an error on every rank.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+    if cpu:
+        group.backend = "gloo"
     accelerator = Accelerator(
         # With a DeepSpeed plugin, cpu=True would make Accelerate start DDP instead.
         cpu=cpu and plugin is None,
@@ -73,7 +79,7 @@ def build_accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_steps=gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=kwargs_handlers if world_size() > 1 or plugin is not None else [],
+        kwargs_handlers=[group] if world_size() > 1 or plugin is not None else [],
         log_with=log_with or None,
         project_config=project,
     )
@@ -108,8 +114,9 @@ def fill_deepspeed_config(
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and bf16:
-        # Measured with deepspeed 0.19.8: from the second step on its losses leave those of ZeRO-1,
-        # 2, 3 and DDP, which agree.
+        # deepspeed 0.19.8 lets AdamW take a step on zero gradients when it starts (see
+        # tests/distributed/test_engine_bugs.py): every later step corrects the moments' bias for
+        # one step too many, and from the second loss on the run leaves the other engines'.
         raise ValueError(
             "--bf16 true with ZeRO-0 does not train as the other engines do; use "
             "accelerate_configs/zero1.yaml, or ddp.yaml to split nothing"
@@ -180,6 +187,35 @@ def zero_stage(accelerator: Accelerator, model: nn.Module) -> int | None:
     return int(model.zero_optimization_stage())  # type: ignore[operator]
 
 
+def offload(model: nn.Module) -> dict[str, str | None]:
+    """Where the engine keeps what it has moved off the device; None: it has not.
+
+    ``optimizer``: master weights, moments and the update itself; ``parameters``: this rank's slices
+    between two uses. Asked of DeepSpeed's running objects, not of the config. Raises RuntimeError
+    if a tensor does not lie where they say.
+    """
+    where: dict[str, str | None] = {"optimizer": None, "parameters": None}
+    if not is_deepspeed(model):
+        return where
+    zero: Any = model.optimizer
+    # ZeRO-2 calls it cpu_offload, ZeRO-3 offload_optimizer.
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        where["optimizer"] = "cpu"
+    if getattr(zero, "offload_param", False):
+        where["parameters"] = "cpu"
+    parameters: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+    tensors = {
+        "optimizer": list(_optimizer_tensors(zero)),
+        # Small ones (stage3_param_persistence_threshold) stay whole on the device.
+        "parameters": [p.ds_tensor for p in parameters if not p.ds_persist],
+    }
+    for what, device in where.items():
+        misplaced = {tensor.device.type for tensor in tensors[what]} - {device}
+        if device is not None and misplaced:
+            raise RuntimeError(f"{what} should be offloaded to {device} but lie on {misplaced}")
+    return where
+
+
 def describe(accelerator: Accelerator, model: nn.Module) -> str:
     """The engine in words, e.g. "DeepSpeed ZeRO-1 on 2 rank(s)"."""
     stage = zero_stage(accelerator, model)
@@ -195,6 +231,7 @@ def describe(accelerator: Accelerator, model: nn.Module) -> str:
 @contextlib.contextmanager
 def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch's forward and backward; ``last`` of the step reduces the gradients."""
+    beat()
     if is_deepspeed(model):
         model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
     elif not last and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -230,7 +267,7 @@ def optimizer_step(
         optimizer.step()
         optimizer.zero_grad()
         return norm
-    if hasattr(model.optimizer, "_global_grad_norm"):
+    if model.zero_optimization_stage() > 0:  # type: ignore[operator]
         model.step()  # type: ignore[operator]
         return model.get_global_grad_norm()  # type: ignore[operator]
     norm = nn.utils.clip_grad_norm_(model.module.parameters(), limit)  # type: ignore[union-attr]
@@ -249,17 +286,21 @@ def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
         parameters.add(parameter)
         parameters.add(getattr(parameter, "ds_tensor", None))  # ZeRO-3: this rank's slice
     state = _Tally(seen=parameters.seen)
-    inner = _torch_optimizer(optimizer)
-    for group in inner.param_groups:
-        for master in group["params"]:
-            state.add(master)
-    zero = getattr(optimizer, "optimizer", optimizer)
-    for master in getattr(zero, "fp32_partitioned_groups_flat", []):  # ZeRO-3 keeps them aside
-        state.add(master)
-    for values in inner.state.values():
-        for value in values.values():
-            state.add(value)
+    for tensor in _optimizer_tensors(optimizer):
+        state.add(tensor)
     return {"parameters": parameters.bytes, "optimizer_state": state.bytes}
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """The weights that the optimizer updates (master weights, or the model's own) and its state."""
+    inner = _torch_optimizer(optimizer)
+    while optimizer is not inner:
+        yield from getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3's, kept aside
+        optimizer = optimizer.optimizer
+    for group in inner.param_groups:
+        yield from group["params"]
+    for values in inner.state.values():
+        yield from (value for value in values.values() if torch.is_tensor(value))
 
 
 def gradient_bytes(model: nn.Module, optimizer: Any) -> int:
@@ -272,6 +313,10 @@ def gradient_bytes(model: nn.Module, optimizer: Any) -> int:
     for partition in getattr(zero, "averaged_gradients", {}).values():
         for gradient in [partition] if torch.is_tensor(partition) else partition or []:
             gradients.add(gradient)
+    # Offloaded, they accumulate in buffers of the host.
+    for gradient in getattr(zero, "accumulated_grads_in_cpu", {}).values():
+        gradients.add(gradient)
+    gradients.add(getattr(zero, "grad_partitions_flat_buffer", None))
     for group in _torch_optimizer(optimizer).param_groups:
         for master in group["params"]:
             gradients.add(master.grad)

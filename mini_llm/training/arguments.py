@@ -21,6 +21,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
 DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
+SCHEDULES = ("cosine", "wsd", "constant")
 
 
 def _arg(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -65,7 +66,11 @@ class PretrainArguments:
     per_device_eval_batch_size: int = _arg("packed rows per rank and evaluation pass", 8)
     # Optimizer (AdamW) and schedule (linear warmup, cosine decay)
     learning_rate: float = _arg("peak learning rate; never multiplied by the number of ranks", 3e-4)
+    lr_scheduler_type: str = _arg(
+        "after the warmup: cosine | wsd (stable, then decay) | constant", "cosine"
+    )
     min_lr_ratio: float = _arg("learning rate at the end, as a share of the peak", 0.1)
+    decay_steps: int | None = _arg("steps of wsd's decay (default: 20% of max_steps)", None)
     warmup_steps: int | None = _arg("steps of linear warmup (default: 5% of max_steps)", None)
     weight_decay: float = _arg("decoupled weight decay, on matrices only", 0.1)
     adam_beta1: float = _arg("AdamW β1", 0.9)
@@ -82,8 +87,16 @@ class PretrainArguments:
     # Precision and engine
     bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
+    torch_compile: bool = _arg(
+        "compile every decoder layer with torch.compile (on a CPU this needs a C++ compiler)", False
+    )
     deepspeed: str = _arg(
         "DeepSpeed JSON used when the Accelerate config names no engine, or none", DEFAULT_DEEPSPEED
+    )
+    ddp_timeout: int = _arg(
+        "seconds after which a rank that gets nothing done, because it or another hangs, ends the "
+        "job with an error",
+        600,
     )
     # Watching
     logging_steps: int = _arg("steps between two logged steps (the first is always logged)", 10)
@@ -100,6 +113,11 @@ class PretrainArguments:
     save_total_limit: int = _arg("newest checkpoints to keep", 2)
     resume_from_checkpoint: str = _arg("auto (the newest complete one) | never | a folder", "auto")
     stop_at_step: int | None = _arg("save and leave at this step, as if interrupted there", None)
+    milestone_steps: int = _arg(
+        "checkpoints at multiples of this step are kept for good, if saved (0: none)", 0
+    )
+    save_minutes: float = _arg("minutes between checkpoints, besides save_steps (0: never)", 0.0)
+    max_hours: float | None = _arg("save and leave after this time; the same command goes on", None)
     # Looking without running
     dry_run: bool = _arg("print the resolved config, sizes and two decoded rows, then exit", False)
 
@@ -113,6 +131,11 @@ class PretrainArguments:
     def warmup(self) -> int:
         """Warmup in steps, the default resolved."""
         return self.warmup_steps if self.warmup_steps is not None else round(0.05 * self.max_steps)
+
+    @property
+    def decay(self) -> int:
+        """Steps of the decay of ``wsd``, the default resolved."""
+        return self.decay_steps if self.decay_steps is not None else round(0.2 * self.max_steps)
 
     def rows_per_step(self) -> int:
         """Packed rows of one optimizer step over all ranks."""
@@ -270,12 +293,16 @@ def _unknown_name(what: str, name: str, cls: type, prefix: str = "") -> str:
 
 def check_arguments(args: PretrainArguments, world_size: int) -> None:
     """Refuse values that cannot train, before anything is built. Raises ValueError."""
-    for name in ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps"):
+    positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
+    for name in (*positive, "ddp_timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm"):
+    not_negative = ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm")
+    for name in (*not_negative, "milestone_steps", "save_minutes"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    if args.max_hours is not None and args.max_hours <= 0:
+        raise ValueError(f"--max_hours is {args.max_hours}; it must be above 0")
     if args.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1: a resume needs one checkpoint")
     if not 0 < args.learning_rate < 1:
@@ -284,6 +311,16 @@ def check_arguments(args: PretrainArguments, world_size: int) -> None:
         raise ValueError(f"--min_lr_ratio is {args.min_lr_ratio}; it must be in [0, 1]")
     if args.warmup < 0:
         raise ValueError(f"--warmup_steps is {args.warmup}; it must not be negative")
+    if args.lr_scheduler_type not in SCHEDULES:
+        raise ValueError(
+            f"--lr_scheduler_type {args.lr_scheduler_type} is none of {', '.join(SCHEDULES)}"
+        )
+    if args.decay_steps is not None and args.lr_scheduler_type != "wsd":
+        raise ValueError(
+            "--decay_steps belongs to --lr_scheduler_type wsd; leave it out or choose that"
+        )
+    if args.decay < 0 or (args.lr_scheduler_type == "wsd" and args.decay > args.max_steps):
+        raise ValueError(f"--decay_steps is {args.decay}; it must lie in 0..{args.max_steps}")
     unknown = set(args.trackers) - {"tensorboard", "wandb"}
     if unknown:
         raise ValueError(f"--report_to: {sorted(unknown)[0]!r} is not tensorboard, wandb or none")

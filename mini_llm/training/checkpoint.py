@@ -1,14 +1,15 @@
-"""Checkpoints that are complete or absent, and resuming from the newest one.
+"""Checkpoints that are complete or absent, and resuming from the newest whole one.
 
 ``checkpoints/step-N/`` holds ``engine/`` (what Accelerate and DeepSpeed need to continue: weights,
-optimizer, random states), ``model/`` (the same weights as a stock transformers directory) and
-``state.json`` (step, stream state, format version).
+optimizer, random states), ``model/`` (the same weights as a stock transformers directory),
+``state.json`` (step, stream state, format version) and ``files.json`` (checksums of them all).
 """
 
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,19 @@ from torch import nn
 
 from mini_llm.data.stream import RowStream
 from mini_llm.hub.export import save_stock_checkpoint
+from mini_llm.parallel.engine_state import save_engine_state
 
-FORMAT_VERSION = 1
+from .checkpoint_files import (
+    DamagedCheckpointError,
+    check_files,
+    check_pickles,
+    flush_directory,
+    is_complete,
+    write_file_list,
+)
+
+FORMAT_VERSION = 2
+_PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -32,44 +44,94 @@ def save_checkpoint(
     step: int,
     state: dict[str, Any],
     total_limit: int,
+    milestone_steps: int = 0,
+    eval_loss: float | None = None,
 ) -> Path:
-    """Write ``checkpoints/step-<step>`` from all ranks, then keep the newest ``total_limit``.
+    """Write ``checkpoints/step-<step>`` from all ranks, then remove what need not be kept.
 
-    ``state`` goes into state.json. Everything is written under another name and flushed to disk;
-    only then the folder gets its own.
+    Everything is written under another name, listed with checksums and flushed to disk; only then
+    the folder gets its own. ``state`` goes into state.json, and so does ``eval_loss``, the mean
+    held-out loss at this step. Kept are the newest ``total_limit`` checkpoints, the one with the
+    lowest ``eval_loss``, and every multiple of ``milestone_steps`` (0: none). Raises OSError when
+    it cannot be written; the checkpoints before are untouched then.
     """
     folder = output_dir / "checkpoints"
-    complete, aside = folder / f"step-{step}", folder / f".step-{step}.partial"
+    complete, aside = folder / f"step-{step}", folder / f".step-{step}{_PARTIAL}"
+    try:
+        if accelerator.is_main_process:
+            remove_leftovers(output_dir)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        save_engine_state(accelerator, aside / "engine")
+        save_stock_checkpoint(accelerator, model, tokenizer, aside / "model")
+        if accelerator.is_main_process:
+            content = {"format_version": FORMAT_VERSION, "step": step, "eval_loss": eval_loss}
+            (aside / "state.json").write_text(json.dumps(content | state, indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_file_list(aside)
+            if complete.exists():
+                shutil.rmtree(complete)
+            aside.rename(complete)
+            flush_directory(folder)
+    except Exception as error:
+        raise _not_written(error, aside, step) from error
     if accelerator.is_main_process:
-        for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    # Pickled torch files: safetensors would drop one of two tied weights.
-    accelerator.save_state(str(aside / "engine"), safe_serialization=False)
-    save_stock_checkpoint(accelerator, model, tokenizer, aside / "model")
-    if accelerator.is_main_process:
-        content = {"format_version": FORMAT_VERSION, "step": step, **state}
-        (aside / "state.json").write_text(json.dumps(content, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _flush(aside)
-        if complete.exists():
-            shutil.rmtree(complete)
-        aside.rename(complete)
-        _flush_directory(folder)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+        for old in _superseded(list_checkpoints(output_dir), step, total_limit, milestone_steps):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return complete
 
 
+def _not_written(error: Exception, aside: Path, step: int) -> OSError:
+    """The sentence for a save that failed; removes what it left, which may have filled the disk."""
+    free = shutil.disk_usage(aside.parent if aside.parent.exists() else Path.cwd()).free
+    shutil.rmtree(aside, ignore_errors=True)
+    why = " ".join(str(error).split())
+    return OSError(
+        f"the checkpoint of step {step} could not be written to {aside.parent} ({why}); "
+        f"{free / 2**30:.2f} GiB were free on its disk; earlier checkpoints are whole: mend it and "
+        "run the same command again"
+    )
+
+
+def _superseded(
+    checkpoints: list[Path], step: int, total_limit: int, milestone_steps: int
+) -> list[Path]:
+    """Which checkpoints to remove after a save at ``step``, oldest first."""
+    # What lies after this step was damaged, or the run would have gone on from there.
+    later = [path for path in checkpoints if _step_of(path) > step]
+    rest = [path for path in checkpoints if _step_of(path) <= step]
+    keep = set(rest[-total_limit:])
+    losses = {path: _eval_loss_of(path) for path in rest}
+    measured = [path for path in rest if losses[path] is not None]
+    if measured:
+        keep.add(min(measured, key=lambda path: losses[path] or 0.0))
+    if milestone_steps:
+        keep |= {path for path in rest if _step_of(path) % milestone_steps == 0}
+    return [path for path in rest if path not in keep] + later
+
+
+def _eval_loss_of(checkpoint: Path) -> float | None:
+    try:
+        loss = json.loads((checkpoint / "state.json").read_text()).get("eval_loss")
+    except ValueError:  # damaged since; find_checkpoint names it
+        return None
+    return float(loss) if loss is not None else None
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed while saving left; rank 0, holding the folder's lock."""
+    for leftover in (output_dir / "checkpoints").glob(f".step-*{_PARTIAL}"):
+        shutil.rmtree(leftover)
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Checkpoints of a run that were written to their end, oldest first."""
     found = [
         path
         for path in (output_dir / "checkpoints").glob("step-*")
-        if _NAME.fullmatch(path.name) and (path / "state.json").is_file()
+        if _NAME.fullmatch(path.name) and is_complete(path)
     ]
     return sorted(found, key=_step_of)
 
@@ -77,11 +139,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means, None to start from step 0.
 
-    Raises ValueError where following it would lose work or there is nothing to follow.
+    Its files are checked byte for byte. ``auto`` leaves out an incomplete or damaged one with a
+    warning and takes the one before. Raises ValueError where following ``resume`` would lose work,
+    or there is nothing whole to follow.
     """
     existing = list_checkpoints(output_dir)
-    if resume == "auto":
-        return existing[-1] if existing else None
     if resume == "never":
         if existing or (output_dir / "final").exists():
             raise ValueError(
@@ -89,19 +151,56 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
                 "another --output_dir or delete that folder"
             )
         return None
+    if resume == "auto":
+        return _newest_whole(output_dir)
     path = Path(resume)
     if not (path / "state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint: {path} is not a checkpoint of this project (no "
             "state.json); give auto, never or a checkpoints/step-N folder"
         )
+    try:
+        check_files(path)
+    except DamagedCheckpointError as error:
+        raise ValueError(
+            f"--resume_from_checkpoint: {error}; give another checkpoint, or auto"
+        ) from error
+    check_pickles(path / "engine")
     newer = [other for other in existing if _step_of(other) > read_state(path)["step"]]
     if newer:
         raise ValueError(
             f"--resume_from_checkpoint: {output_dir} holds the later checkpoint {newer[-1].name}; "
             "choose another --output_dir or delete the later ones"
         )
+    if path.resolve().parent != (output_dir / "checkpoints").resolve():
+        _say(f"note: {path} is not a checkpoint of the run in {output_dir}; continuing from it")
     return path
+
+
+def _newest_whole(output_dir: Path) -> Path | None:
+    folders = [p for p in (output_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name)]
+    faults = []
+    for path in sorted(folders, key=_step_of, reverse=True):
+        try:
+            check_files(path)
+        except DamagedCheckpointError as error:
+            faults.append(str(error))
+            continue
+        check_pickles(path / "engine")
+        for fault in faults:
+            _say(f"warning: {fault}; {path.name} is used instead")
+        return path
+    if faults:
+        raise ValueError(
+            f"--resume_from_checkpoint: no checkpoint of {output_dir} is whole ({faults[0]}); "
+            "restore one, or delete its checkpoints/ to start over"
+        )
+    return None
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -124,28 +223,6 @@ def stream_state(stream: RowStream) -> Any:
     return gather_object([state]) if stream.state_is_per_rank else state
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Restore the prepared model, optimizer and random states in place, on every rank."""
-    accelerator.load_state(str(checkpoint / "engine"))
-
-
 def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
-
-
-def _flush(folder: Path) -> None:
-    """fsync every file and folder below ``folder``."""
-    for directory, _, files in os.walk(folder):
-        for name in files:
-            with open(os.path.join(directory, name), "rb") as file:
-                os.fsync(file.fileno())
-        _flush_directory(Path(directory))
-
-
-def _flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mini_llm.data.collate import IGNORE_INDEX, collate
 from mini_llm.data.stream import HeldOut, Row, open_validation
+from mini_llm.parallel.watchdog import beat
 
 from .arguments import PretrainArguments
 
@@ -65,6 +66,7 @@ def evaluate(
         # nats, predicted tokens, their bytes; float64 so that sums of millions stay exact
         totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for batch_rows in _batches(part.rows, batch_size):
+            beat()
             batch = collate(batch_rows, accelerator.device)
             labels = batch["labels"]
             loss_sum = model(
@@ -85,6 +87,12 @@ def evaluate(
             metrics[f"eval/{name}/bits_per_byte"] = nats / math.log(2) / max(num_bytes, 1)
     model.train(was_training)
     return metrics
+
+
+def mean_loss(evaluation: Mapping[str, float]) -> float | None:
+    """The mean over sources of the held-out losses of :func:`evaluate`, None without any."""
+    losses = [value for key, value in evaluation.items() if key.endswith("/loss")]
+    return sum(losses) / len(losses) if losses else None
 
 
 def _batches(rows: list[Row], batch_size: int) -> Iterator[list[Row]]:

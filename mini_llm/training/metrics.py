@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -152,8 +153,12 @@ class TokenCounter:
         self.global_counts = {name: int(state.get(name, 0)) for name in self.global_counts}
 
 
-def start_trackers(accelerator: Accelerator, args: PretrainArguments) -> None:
-    """Start TensorBoard and W&B as ``--report_to`` says; both write below ``output_dir/logs``."""
+def start_trackers(accelerator: Accelerator, args: PretrainArguments, *, start_step: int) -> None:
+    """Start TensorBoard and W&B as ``--report_to`` says; both write below ``output_dir/logs``.
+
+    A resumed run goes on with the curve and the W&B run that it began; what lies after
+    ``start_step`` of an interrupted one is dropped.
+    """
     if not args.trackers:
         return
     logs = Path(args.output_dir) / "logs"
@@ -162,8 +167,26 @@ def start_trackers(accelerator: Accelerator, args: PretrainArguments) -> None:
         key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
         for key, value in dataclasses.asdict(args).items()
     }
-    wandb_options = {"name": args.run_name or Path(args.output_dir).name, "dir": str(logs)}
-    accelerator.init_trackers("mini-llm", config=settings, init_kwargs={"wandb": wandb_options})
+    wandb_options = {
+        "name": args.run_name or Path(args.output_dir).name,
+        "dir": str(logs),
+        "id": _wandb_run_id(logs) if accelerator.is_main_process else None,
+        "resume": "allow",
+    }
+    tensorboard_options = {"purge_step": start_step + 1} if start_step else {}
+    accelerator.init_trackers(
+        "mini-llm",
+        config=settings,
+        init_kwargs={"wandb": wandb_options, "tensorboard": tensorboard_options},
+    )
+
+
+def _wandb_run_id(logs: Path) -> str:
+    """The W&B id of the run in this folder, drawn once."""
+    path = logs / "wandb_run_id"
+    if not path.is_file():
+        path.write_text(f"{secrets.token_hex(6)}\n")
+    return path.read_text().strip()
 
 
 class Throughput:

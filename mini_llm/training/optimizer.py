@@ -37,18 +37,37 @@ def build_optimizer(
 
 
 def learning_rate_at(
-    step: int, *, peak: float, max_steps: int, warmup_steps: int, min_lr_ratio: float
+    step: int,
+    *,
+    peak: float,
+    max_steps: int,
+    warmup_steps: int,
+    min_lr_ratio: float,
+    schedule: str = "cosine",
+    decay_steps: int = 0,
 ) -> float:
-    """Learning rate of optimizer step ``step`` (the first is 1): linear warmup, cosine decay.
+    """Learning rate of optimizer step ``step`` (the first is 1), ``peak`` at ``warmup_steps``.
 
-    Reaches ``peak`` at step ``warmup_steps`` and ``peak · min_lr_ratio`` at ``max_steps``. Being a
-    function of the step alone, it has no state to save and nothing to get out of step.
+    After a linear warmup:
+    - ``cosine`` falls to ``peak · min_lr_ratio`` at ``max_steps`` (Loshchilov & Hutter 2017);
+    - ``wsd`` (warmup, stable, decay; Hu et al. 2024) stays at the peak until ``decay_steps`` before
+      the end, then falls there as 1 − √progress (Hägele et al. 2024), so that a decay of another
+      length can be branched from any checkpoint of the stable part;
+    - ``constant`` stays at the peak.
+
+    Being a function of the step alone, it has no state to save and nothing to get out of step.
     """
     if step <= warmup_steps:
         return peak * step / max(warmup_steps, 1)
-    progress = (step - warmup_steps) / max(max_steps - warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(max_steps - warmup_steps, 1)
+        share = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    elif schedule == "wsd":
+        progress = (step - (max_steps - decay_steps)) / max(decay_steps, 1)
+        share = 1 - math.sqrt(min(max(progress, 0.0), 1.0))
+    else:
+        share = 1.0
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * share)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

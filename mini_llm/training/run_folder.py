@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from mini_llm.data.tokenizer import tokenizer_fingerprint
 from mini_llm.models import kernels_in_use
-from mini_llm.parallel.engine import zero_stage
+from mini_llm.parallel.engine import offload, zero_stage
 
 from .arguments import PretrainArguments
 
@@ -19,13 +20,13 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "tok
 
 
 def run_identity(
-    args: PretrainArguments, tokenizer_fingerprint: str, data_fingerprint: str
+    args: PretrainArguments, fingerprint_of_tokenizer: str, data_fingerprint: str
 ) -> dict[str, Any]:
     """What makes two runs the same run: model, data, tokenizer and seed."""
     return {
         "model": args.model,
         "model_overrides": args.model_overrides,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "tokenizer_fingerprint": fingerprint_of_tokenizer,
         "data": {name: source.get("weight", 1) for name, source in args.data.items()},
         "data_fingerprint": data_fingerprint,
         "seq_len": args.seq_len,
@@ -46,6 +47,23 @@ def check_run_folder(output_dir: Path, identity: dict[str, Any]) -> None:
         )
         raise ValueError(
             f"--output_dir {output_dir} holds another run ({details}); choose another --output_dir"
+        )
+
+
+def check_tokenizer_of_model(args: PretrainArguments, fingerprint: str) -> None:
+    """Refuse to go on from weights with another tokenizer than theirs. Raises ValueError.
+
+    Embeddings are rows of the tokenizer's ids: with another one they mean nothing, even where the
+    sizes agree. ``fingerprint`` is that of ``--tokenizer``.
+    """
+    if not (Path(args.model) / "tokenizer.json").is_file():  # a preset, or weights alone
+        return
+    theirs = tokenizer_fingerprint(args.model)
+    if theirs != fingerprint:
+        raise ValueError(
+            f"--tokenizer {args.tokenizer} (fingerprint {fingerprint[:12]}) is not the one that "
+            f"--model {args.model} was trained with ({theirs[:12]}), so its embeddings would mean "
+            f"other tokens; give --tokenizer {args.model} and data packed by it, or train a preset"
         )
 
 
@@ -94,6 +112,7 @@ def write_run_facts(
         "world_size": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": zero_stage(accelerator, model),
+        "offload": offload(model),
         "expert_parallel_size": 1,
         "backend": accelerator.state.backend,
         "device": str(accelerator.device),

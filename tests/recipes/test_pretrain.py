@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mini_llm import load_model
+from mini_llm import build_model, load_model
+from mini_llm.data import load_tokenizer
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
 
@@ -344,3 +345,47 @@ def test_quickstart_learns_and_a_second_call_reuses_what_is_done():
     )
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_weights_of_another_tokenizer_of_the_same_size_are_refused(
+    stopped, tiny_data, tmp_path, capsys
+):
+    folder = tmp_path / "other"
+    tokenizer = load_tokenizer(tiny_data.tokenizer)
+    build_model("mini_llama3_tiny", vocab_size=len(tokenizer)).save_pretrained(folder)
+    shutil.copytree(tiny_data.tokenizer, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-6:-4]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    capsys.readouterr()  # the progress bar of save_pretrained
+    text = stopped("--model", str(folder))
+    assert "is not the one that --model" in text and f"give --tokenizer {folder}" in text
+
+
+def test_decay_branched_from_a_checkpoint_of_another_run_continues_it_with_its_own_schedule(
+    tiny_data, tmp_path
+):
+    """WSD: a long run in its stable part, and a short decay from one of its checkpoints."""
+    engine = {"config": "single", "processes": 1}
+    flags = [*TINY_RUN, *tiny_data.flags, "--deepspeed", "none", "--lr_scheduler_type", "wsd"]
+    long_run, branch = tmp_path / "long", tmp_path / "branch"
+    launch(
+        *(*flags, "--output_dir", str(long_run), "--max_steps", "1000", "--stop_at_step", "6"),
+        *("--save_steps", "4"),
+        **engine,
+    )
+    done = launch(
+        *(*flags, "--output_dir", str(branch), "--max_steps", "8", "--decay_steps", "4"),
+        *("--resume_from_checkpoint", str(long_run / "checkpoints/step-4")),
+        **engine,
+    )
+    assert "is not a checkpoint of the run in" in done.stdout
+    assert [m["step"] for m in metrics(branch)] == [5, 6, 7, 8]
+    rates = series(branch, "train/lr")
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(3e-4)
+    # The step after the checkpoint has the same rows and weights in both runs.
+    assert series(branch, "train/loss")[0] == series(long_run, "train/loss")[4]
+    assert series(long_run, "train/lr")[4] == pytest.approx(3e-3)

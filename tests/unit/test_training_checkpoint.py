@@ -1,17 +1,34 @@
-"""Which checkpoint a resume finds."""
+"""Which checkpoint a resume finds, what damage it notices, and which ones rotation keeps."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from mini_llm.training.checkpoint import find_checkpoint, list_checkpoints, read_state
+from mini_llm.training import checkpoint as checkpoints
+from mini_llm.training.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    remove_leftovers,
+    save_checkpoint,
+)
+from mini_llm.training.checkpoint_files import FILES_NAME, check_pickles, write_file_list
+
+VERSION = checkpoints.FORMAT_VERSION
 
 
-def make(run: Path, step: int, version: int = 1) -> Path:
+def make(run: Path, step: int, version: int = VERSION, **state: Any) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"format_version": version, "step": step}))
+    (folder / "engine").mkdir(parents=True)
+    torch.save({"weight": torch.arange(100)}, folder / "engine" / "weights.bin")
+    content = {"format_version": version, "step": step, "eval_loss": None, **state}
+    (folder / "state.json").write_text(json.dumps(content))
+    write_file_list(folder)
     return folder
 
 
@@ -19,7 +36,6 @@ def test_auto_takes_the_newest_complete_one_and_counts_steps_as_numbers(tmp_path
     make(tmp_path, 900)
     newest = make(tmp_path, 1000)
     (tmp_path / "checkpoints" / ".step-1100.partial").mkdir()  # killed while writing
-    (tmp_path / "checkpoints" / "step-1200").mkdir()  # no state.json: not one
     assert find_checkpoint(tmp_path, "auto") == newest
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-900", "step-1000"]
 
@@ -29,20 +45,153 @@ def test_auto_without_checkpoints_starts_from_the_beginning(tmp_path):
     assert find_checkpoint(tmp_path, "never") is None
 
 
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["engine/weights.bin", "state.json", FILES_NAME])
+@pytest.mark.parametrize(
+    ("how", "damage"),
+    [
+        ("missing|incomplete", Path.unlink),
+        ("bytes|damaged", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+        ("sha256|damaged", flip_a_byte),
+    ],
+)
+def test_auto_names_the_damage_and_takes_the_checkpoint_before(tmp_path, capsys, file, how, damage):
+    earlier, damaged = make(tmp_path, 10), make(tmp_path, 20)
+    damage(damaged / file)
+    assert find_checkpoint(tmp_path, "auto") == earlier
+    warned = capsys.readouterr().err
+    assert "warning: " in warned and "step-20" in warned and "step-10 is used instead" in warned
+    assert any(word in warned for word in how.split("|"))
+    with pytest.raises(ValueError, match="--resume_from_checkpoint: "):
+        find_checkpoint(tmp_path, str(damaged))
+
+
+def test_auto_refuses_to_start_over_where_every_checkpoint_is_damaged(tmp_path):
+    flip_a_byte(make(tmp_path, 10) / "engine/weights.bin")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole .*weights.bin"):
+        find_checkpoint(tmp_path, "auto")
+
+
 def test_never_refuses_to_overwrite_a_run(tmp_path):
     make(tmp_path, 10)
     with pytest.raises(ValueError, match="--resume_from_checkpoint never would overwrite"):
         find_checkpoint(tmp_path, "never")
 
 
-def test_resuming_from_an_earlier_step_refuses_while_later_ones_exist(tmp_path):
+def test_resuming_from_an_earlier_step_refuses_while_later_ones_exist(tmp_path, capsys):
     earlier = make(tmp_path, 10)
     make(tmp_path, 20)
     with pytest.raises(ValueError, match="later checkpoint step-20"):
         find_checkpoint(tmp_path, str(earlier))
     assert find_checkpoint(tmp_path / "elsewhere", str(earlier)) == earlier
+    assert "is not a checkpoint of the run in" in capsys.readouterr().err
 
 
 def test_another_format_version_is_named(tmp_path):
     with pytest.raises(ValueError, match="format version 99"):
         read_state(make(tmp_path, 10, version=99))
+
+
+class RunsACommand:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickle_that_names_anything_unknown_is_refused_and_never_run(
+    tmp_path, monkeypatch, protocol
+):
+    monkeypatch.chdir(tmp_path)
+    folder = make(tmp_path, 10)
+    torch.save(RunsACommand(), folder / "engine" / "extra.pt", pickle_protocol=protocol)
+    write_file_list(folder)  # whoever made it can list it too
+    for resume in ("auto", str(folder)):
+        with pytest.raises(ValueError, match=r"extra.pt .*it is not loaded"):
+            find_checkpoint(tmp_path, resume)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_file_that_is_no_torch_file_is_refused(tmp_path):
+    (tmp_path / "random_states_0.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="random_states_0.pkl is no file that torch.save wrote"):
+        check_pickles(tmp_path)
+
+
+# Saving, with a stand-in for the engine
+
+
+@pytest.fixture
+def save(tmp_path, monkeypatch):
+    def save_state(folder: str, safe_serialization: bool) -> None:
+        Path(folder).mkdir()
+        torch.save({"weight": torch.arange(100)}, Path(folder) / "weights.bin")
+
+    accelerator = SimpleNamespace(
+        is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state
+    )
+    monkeypatch.setattr(
+        checkpoints, "save_stock_checkpoint", lambda *arguments: arguments[-1].mkdir()
+    )
+    monkeypatch.setattr(
+        checkpoints,
+        "save_engine_state",
+        lambda accelerator, folder: save_state(str(folder), safe_serialization=False),
+        raising=False,
+    )
+
+    def save(step: int, eval_loss: float | None = None, **options: Any) -> list[str]:
+        options = {"total_limit": 2, **options}
+        save_checkpoint(
+            accelerator, None, None, tmp_path, step=step, state={}, eval_loss=eval_loss, **options
+        )
+        return [path.name.removeprefix("step-") for path in list_checkpoints(tmp_path)]
+
+    return save
+
+
+def test_rotation_keeps_the_newest_the_best_and_the_milestones(save):
+    losses = {10: 3.0, 20: 2.0, 30: 2.5, 40: None, 50: 2.2, 60: 2.1}
+    for step, loss in losses.items():
+        kept = save(step, loss, milestone_steps=30)
+    assert kept == ["20", "30", "50", "60"]  # 20: best; 30 and 60: milestones; 50, 60: newest
+    assert save(70, 1.0, milestone_steps=30) == ["30", "60", "70"]
+
+
+def test_save_replaces_a_damaged_later_checkpoint_instead_of_counting_it(save, tmp_path):
+    save(10)
+    save(20)
+    flip_a_byte(tmp_path / "checkpoints/step-20/engine/weights.bin")
+    assert find_checkpoint(tmp_path, "auto").name == "step-10"
+    assert save(15, total_limit=1) == ["15"]
+    assert find_checkpoint(tmp_path, "auto").name == "step-15"
+
+
+@pytest.mark.parametrize("at", ["write_file_list", "flush_directory", "save_stock_checkpoint"])
+def test_failed_save_leaves_no_half_checkpoint_and_the_earlier_ones_whole(
+    save, tmp_path, monkeypatch, at
+):
+    save(10)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, at, full)
+        with pytest.raises(OSError, match=r"step 20 could not be written .*No space left.*GiB"):
+            save(20)
+    assert not list((tmp_path / "checkpoints").glob(".step-*"))
+    found = find_checkpoint(tmp_path, "auto")
+    # Where only the flush of the folder failed, the new one has its name already and is whole.
+    assert found.name == ("step-20" if at == "flush_directory" else "step-10")
+    assert save(30)[-1] == "30"
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    (tmp_path / "checkpoints/.step-30.partial/engine").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []

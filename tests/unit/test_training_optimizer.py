@@ -50,3 +50,42 @@ def test_a_run_shorter_than_its_warmup_only_warms_up():
 
 def test_no_warmup_begins_below_the_peak_and_never_divides_by_zero():
     assert learning_rate_at(1, peak=1.0, max_steps=1, warmup_steps=0, min_lr_ratio=0.5) == 0.5
+
+
+def wsd(step: int, max_steps: int, decay_steps: int) -> float:
+    return learning_rate_at(
+        step,
+        peak=2.0,
+        max_steps=max_steps,
+        warmup_steps=10,
+        min_lr_ratio=0.1,
+        schedule="wsd",
+        decay_steps=decay_steps,
+    )
+
+
+def test_wsd_stays_at_the_peak_until_the_decay_and_ends_at_the_given_share():
+    rates = [wsd(step, 100, 20) for step in range(1, 101)]
+    assert rates[:10] == [2.0 * step / 10 for step in range(1, 11)]
+    assert set(rates[9:80]) == {2.0}
+    assert abs(rates[84] - (0.2 + 1.8 * 0.5)) < 1e-12  # a quarter of the decay: 1 - sqrt(1/4)
+    assert abs(rates[99] - 0.2) < 1e-12
+    assert rates[79:] == sorted(rates[79:], reverse=True)
+
+
+def test_wsd_decay_branches_from_any_step_of_the_stable_part():
+    long_run = [wsd(step, 1000, 200) for step in range(1, 801)]
+    # A run to step 350 that decays over its last 50 steps shares the first 300 with it.
+    branch = [wsd(step, 350, 50) for step in range(1, 351)]
+    assert branch[:300] == long_run[:300]
+    assert branch[300] < 2.0 and abs(branch[-1] - 0.2) < 1e-12
+
+
+def test_constant_never_falls():
+    rates = {
+        learning_rate_at(
+            step, peak=2.0, max_steps=50, warmup_steps=5, min_lr_ratio=0.1, schedule="constant"
+        )
+        for step in range(5, 51)
+    }
+    assert rates == {2.0}

@@ -1,0 +1,39 @@
+"""torch.compile, one decoder layer at a time.
+
+Under DeepSpeed Accelerate ignores its own ``--dynamo_backend``, so the layers are compiled here,
+before ``accelerator.prepare``. Layer by layer, the layers of one kind share a compiled graph, and
+gradient checkpointing, which lies around a layer, and ZeRO-3's gathering stay as they are.
+"""
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+
+def compile_layers(model: nn.Module, device: torch.device) -> None:
+    """Let every decoder layer of ``model`` be compiled when it first runs; its weights stay.
+
+    Raises RuntimeError where torch.compile could not generate code for ``device``.
+    """
+    if device.type == "cpu" and find_compiler() is None:
+        raise RuntimeError(
+            "on a CPU torch.compile needs a C++ compiler and there is none; install g++ or name "
+            "another in CXX, or leave the flag out"
+        )
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the decoder inside ``model``, multi-token prediction included."""
+    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[operator]
+    if not isinstance(layers, nn.ModuleList):
+        raise RuntimeError(f"{type(model).__name__} has no list of decoder layers")
+    return layers
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that inductor would call: the one that CXX names, else g++."""
+    return shutil.which(os.environ.get("CXX", "g++"))

@@ -1,0 +1,300 @@
+"""Saving what an engine needs to continue, and loading it under another ZeRO stage or ranks.
+
+The same engine, stage and ranks load their own files as they are: bit for bit. Another stage or
+number of ranks goes through DeepSpeed's universal checkpoint (Lian et al. 2024): rank 0 merges the
+slices of all ranks into whole fp32 weights and moments, one folder a parameter, from which every
+rank takes its slice. The checkpoint itself is never written to.
+
+What DeepSpeed 0.19.8 leaves out of that way is mended in :func:`_complete` and
+:func:`_load_universal`; tests/distributed/test_deepspeed_bugs.py notices when a mend is due to go.
+"""
+
+import argparse
+import contextlib
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .engine import zero_stage
+
+TAG = "pytorch_model"  # the folder in which Accelerate has DeepSpeed save
+WAITING_SECONDS = 0.2
+BUFFERS_NAME = "buffers.pt"
+
+
+class EngineMismatch(ValueError):
+    """This engine cannot continue what another one wrote; the message says what works."""
+
+
+def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """What decides whether the files of :func:`save_engine_state` load as they are; JSON-able."""
+    stage = zero_stage(accelerator, model)
+    if stage is not None:
+        kind = "deepspeed"
+    else:
+        kind = "ddp" if accelerator.num_processes > 1 else "single"
+    return {
+        "kind": kind,
+        "zero_stage": stage,
+        "world_size": accelerator.num_processes,
+        "bf16": accelerator.mixed_precision == "bf16",
+    }
+
+
+def save_engine_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write weights, optimizer and random states to ``folder``; every rank calls it."""
+    # Pickled torch files: safetensors would drop one of two tied weights.
+    accelerator.save_state(str(folder), safe_serialization=False)
+
+
+def load_engine_state(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    folder: Path,
+    *,
+    written_by: dict[str, Any],
+    scratch: Path,
+) -> None:
+    """Restore the prepared model, optimizer and random states in place; every rank calls it.
+
+    ``folder`` is what :func:`save_engine_state` wrote and ``written_by`` the
+    :func:`describe_engine` of then. ``scratch``, which all ranks see, holds a converted copy while
+    loading takes: up to 36 bytes a parameter. Weight decay, betas, epsilon and clipping stay as
+    this run asks for, whatever the other asked for. A rank that the writer did not have keeps the
+    random state that it started with.
+
+    Raises EngineMismatch for an engine whose state this one cannot continue.
+    """
+    here = describe_engine(accelerator, model)
+    check_engine(written_by, here, folder)
+    if accelerator.is_main_process:
+        for leftover in scratch.glob(".universal-*"):  # of a run that was killed while loading
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
+    with _own_settings(model, optimizer):
+        if here["kind"] != "deepspeed":
+            _load_whole(accelerator, folder)
+        elif here == written_by or here["zero_stage"] == 0:  # at ZeRO-0 every rank holds everything
+            _load_state(accelerator, folder)
+        else:
+            universal = scratch / f".universal-{folder.parent.name}"
+            if accelerator.is_main_process:
+                print(
+                    f"converting {folder.parent}, written by {_in_words(written_by)}, for "
+                    f"{_in_words(here)}",
+                    flush=True,
+                )
+            _convert_once(accelerator, folder, universal)
+            _load_universal(accelerator, model, universal)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                shutil.rmtree(universal)
+
+
+def check_engine(written_by: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raises EngineMismatch unless the engine ``here`` continues what ``written_by`` wrote."""
+    uses_deepspeed = (written_by["kind"] == "deepspeed", here["kind"] == "deepspeed")
+    splits_state = (bool(written_by["zero_stage"]), bool(here["zero_stage"]))
+    if len(set(uses_deepspeed)) == 1 and len(set(splits_state)) == 1:
+        return
+    if written_by["zero_stage"]:
+        same = "any of ZeRO-1, 2 and 3 on any number of ranks"
+    elif written_by["kind"] == "deepspeed":
+        same = "ZeRO-0 on any number of ranks"
+    else:
+        same = "DDP or a single process without DeepSpeed, on any number of ranks"
+    raise EngineMismatch(
+        f"--resume_from_checkpoint: {folder.parent} was written by {_in_words(written_by)}, whose "
+        f"optimizer state {_in_words(here)} cannot continue; resume with {same}, or start a new "
+        f"run from its weights: --model {folder.parent / 'model'} and another --output_dir"
+    )
+
+
+def _in_words(description: dict[str, Any]) -> str:
+    name = {
+        "deepspeed": f"DeepSpeed ZeRO-{description['zero_stage']}",
+        "ddp": "DistributedDataParallel",
+        "single": "plain PyTorch",
+    }[description["kind"]]
+    precision = "bf16" if description["bf16"] else "fp32"
+    return f"{name} on {description['world_size']} rank(s) in {precision}"
+
+
+@contextlib.contextmanager
+def _own_settings(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Keep this run's hyper-parameters over a load, which would bring the checkpoint's.
+
+    A ZeRO-3 universal load is worse: it gives every parameter group those of group 0, and so
+    weight decay to the norms.
+    """
+    kept = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    zero = getattr(model, "optimizer", None)
+    clip_grad = getattr(zero, "clip_grad", None)
+    yield
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+    if clip_grad is not None:
+        zero.clip_grad = clip_grad  # type: ignore[union-attr]
+
+
+def _load_state(accelerator: Accelerator, folder: Path) -> None:
+    with _plain_name(folder) as plain:
+        accelerator.load_state(str(plain))
+
+
+@contextlib.contextmanager
+def _plain_name(folder: Path) -> Iterator[Path]:
+    """A link to ``folder`` by a name without special characters.
+
+    DeepSpeed takes the paths it reads from for glob patterns, and the converter for regular
+    expressions too: a run in ``c++ [2]/`` would not resume.
+    """
+    with tempfile.TemporaryDirectory(prefix="mini_llm_") as links:
+        link = Path(links, "state")
+        link.symlink_to(folder.resolve())
+        yield link
+
+
+def _load_whole(accelerator: Accelerator, folder: Path) -> None:
+    """Load files that hold everything on one rank, as DDP and a single process write them."""
+
+    def load_weights(models: list[nn.Module], folder: str) -> None:
+        weights = torch.load(Path(folder) / "pytorch_model.bin", map_location="cpu")
+        # Written by DDP, the names begin with its attribute for the model inside.
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+        for model in models:
+            accelerator.unwrap_model(model).load_state_dict(weights)
+        models.clear()  # done: Accelerate would look for names as this engine has them
+
+    hook = accelerator.register_load_state_pre_hook(load_weights)
+    _load_state(accelerator, folder)
+    hook.remove()
+
+
+def _convert_once(accelerator: Accelerator, folder: Path, universal: Path) -> None:
+    """Have rank 0 write ``universal`` while the others wait, however long it takes.
+
+    They wait for a file, for a collective would give up after its time limit.
+    """
+    converted, failed = universal / "converted", universal / "failed"
+    if accelerator.is_main_process:
+        try:
+            _convert(folder, universal)
+        except BaseException:
+            shutil.rmtree(universal, ignore_errors=True)  # a full disk must take the mark
+            universal.mkdir(parents=True)
+            failed.touch()
+            raise
+        converted.touch()
+    while not converted.exists():
+        if failed.exists():
+            raise RuntimeError(f"rank 0 could not convert {folder} to a universal checkpoint")
+        time.sleep(WAITING_SECONDS)
+    accelerator.wait_for_everyone()
+
+
+def _convert(folder: Path, universal: Path) -> None:
+    """Merge the slices in ``folder`` to ``universal``, complete for any stage and ranks to load."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    (universal / TAG).mkdir(parents=True)
+    with (
+        _plain_name(folder) as source,
+        _plain_name(universal) as target,
+        contextlib.redirect_stdout(io.StringIO()),  # it narrates on both
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(source / TAG),
+                output_folder=str(target / TAG),
+                num_extract_workers=1,  # more would fork a process that has a process group
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,  # ZeRO-1 and 2 write it only under tensor parallelism
+            )
+        )
+    _complete(folder / TAG, universal / TAG)
+    for states in folder.glob("random_states_*.pkl"):
+        shutil.copyfile(states, universal / states.name)
+
+
+def _complete(source: Path, universal: Path) -> None:
+    """Rewrite what the converter left so that every stage reads it.
+
+    Each parameter's folder gets its tensors as ZeRO-1 and 2 want them, in a dict, and its step,
+    which a ZeRO-3 conversion has not. The optimizer's and the engine's own files are written anew:
+    each stage looks for other keys and another file name, and as converted they still hold rank
+    0's weights and moments, which every rank would read for nothing.
+    """
+    shard = _load_trusted(min(source.glob("*_optim_states.pt")))
+    zero = shard["optimizer_state_dict"]
+    by_zero3 = "base_optimizer_state" not in zero
+    inner = zero["optimizer_state_dict" if by_zero3 else "base_optimizer_state"]
+    step = torch.as_tensor(inner["state"][0]["step"], dtype=torch.float32, device="cpu")
+    for parameter in {path.parent for path in universal.glob("zero/*/*.pt")}:
+        if by_zero3:
+            for path in parameter.iterdir():
+                torch.save({"param": _load_trusted(path)}, path)
+        torch.save(step, parameter / "step.pt")
+    groups = inner["param_groups"]
+    optimizer = {
+        "ds_version": shard["ds_version"],
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+    }
+    torch.save(optimizer, universal / "zero" / "optimizer_state.pt")
+
+    written = sorted(universal.glob("*_model_states.pt"))
+    engine = _load_trusted(written[0])
+    buffers = {name: engine["module"][name] for name in engine["buffer_names"]}
+    torch.save(buffers, universal / BUFFERS_NAME)
+    for path in written:
+        path.unlink()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save({**engine, "module": None}, universal / name)
+
+
+def _load_trusted(path: Path) -> Any:
+    """Unpickle a file that DeepSpeed wrote into one of this project's checkpoints."""
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _load_universal(accelerator: Accelerator, model: Any, universal: Path) -> None:
+    """Load a completed universal checkpoint, buffers and all, into a DeepSpeed engine."""
+    from deepspeed.utils import logger
+
+    config, level = model._config, logger.level
+    config.load_universal_checkpoint = True  # the config file's checkpoint.load_universal
+    logger.setLevel("ERROR")  # every rank would warn that there is no tensor parallelism
+    try:
+        _load_state(accelerator, universal)
+    finally:
+        config.load_universal_checkpoint = False
+        logger.setLevel(level)
+
+    # Buffers are left as they were initialised: router biases would be 0.
+    saved = torch.load(universal / TAG / BUFFERS_NAME, map_location="cpu")
+    buffers = dict(model.module.named_buffers())
+    for name, value in saved.items():
+        buffers[name].copy_(value)
+
+    # ZeRO-3 gives all groups one `step` tensor, which then counts once a group; and on a GPU the
+    # fused AdamW wants it beside the weights.
+    zero = model.optimizer
+    fused = any(group.get("fused") for group in zero.optimizer.param_groups)
+    for parameter, state in zero.optimizer.state.items():
+        state["step"] = state["step"].clone().to(parameter.device if fused else "cpu")

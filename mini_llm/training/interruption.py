@@ -1,0 +1,95 @@
+"""Stopping on purpose: a signal or the end of the allotted time saves and leaves with status 0.
+
+All ranks must leave after the same step, or those that go on wait for the others for ever. So no
+rank acts on what it alone knows: its wish travels in the all-reduce that every optimizer step makes
+anyway, and all ranks see the sum.
+"""
+
+import os
+import signal
+import time
+from collections import deque
+from types import FrameType
+
+import torch
+
+from mini_llm.parallel.launcher import SIGNALS, STOP_NOTE_VARIABLE
+
+
+class Interruption:
+    """This rank's wishes to save or to stop, and what all ranks agreed on.
+
+    ``max_hours`` (None: no limit) and ``save_minutes`` (0: never) are counted from here on.
+
+        interruption = Interruption(max_hours=…, save_minutes=…)
+        for step in …:
+            sums = all_reduce([num_targets, *interruption.wishes()])
+            …
+            interruption.agree(sums[1:])
+            if interruption.save_now or interruption.stop_now: …
+        interruption.close()  # the signals mean what they meant before
+    """
+
+    def __init__(self, *, max_hours: float | None, save_minutes: float) -> None:
+        self.stop_now = False
+        self.save_now = False
+        self.reason = "the allotted time is over (--max_hours)"
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._save_seconds = 60 * save_minutes
+        self._saved = time.monotonic()
+        self._signal: int | None = None
+        self._sums: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()  # on their way here
+        self._former = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice at the keyboard: at once, without saving
+        self._signal = number
+        self.reason = f"{signal.Signals(number).name} was received"
+
+    def wishes(self) -> tuple[float, float]:
+        """(stop, save), each 1 where this rank wishes it, to be summed over ranks this step."""
+        now = time.monotonic()
+        out_of_time = self._deadline is not None and now >= self._deadline
+        save = bool(self._save_seconds) and now - self._saved >= self._save_seconds
+        return float(self._signal is not None or out_of_time), float(save)
+
+    def agree(self, sums: torch.Tensor) -> None:
+        """Take this step's summed wishes; ``stop_now`` and ``save_now`` then hold on all ranks.
+
+        On a GPU the sums of the step before are read, which have arrived as a rule: to read this
+        step's would make the host wait for the device.
+        """
+        if sums.is_cuda:
+            copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            copy.copy_(sums, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._sums.append((copy, arrived))
+            if len(self._sums) < 2:
+                return
+            sums, arrived = self._sums.popleft()
+            arrived.synchronize()
+        stop, save = sums.tolist()
+        self.stop_now = stop > 0
+        self.save_now = save > 0
+
+    def saved(self) -> None:
+        """A checkpoint was written: the time to the next one begins now."""
+        self._saved = time.monotonic()
+        self.save_now = False
+        # A wish that was summed before the save is fulfilled by it.
+        self._sums.clear()
+
+
+def note_the_stop() -> None:
+    """Tell the launcher of launch.sh that the run stopped on purpose, whatever else it is told."""
+    note = os.environ.get(STOP_NOTE_VARIABLE)
+    if note:
+        with open(note, "w") as file:
+            file.write("saved\n")

@@ -1,0 +1,57 @@
+"""Several runs of the pretraining recipe in one launch: ``accelerate launch several_runs.py FILE``.
+
+A launch of two ranks is mostly imports. This script imports the recipe once and forks a process
+for each run of FILE (JSON, see ``tests.launching.launch_several``), so that every run begins as a
+freshly started rank that has just imported: what one run leaves behind (process group, engine,
+caches of Accelerate and DeepSpeed) dies with its process and no other can see it.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# The recipe and its libraries import these when they first need them; here once for all runs.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+
+from mini_llm import build_model, list_models
+from mini_llm.parallel.watchdog import end_with_launcher
+from mini_llm.training.arguments import PretrainArguments, parse_arguments
+from recipes.pretrain import main
+
+
+def run(flags: list[str], port: int) -> int:
+    """What a rank of ``accelerate launch recipes/pretrain.py flags`` does; returns its status."""
+    # The launcher's own store still holds the addresses of the last run's ranks: let rank 0 hold
+    # one for this run alone.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    os.environ["MASTER_PORT"] = str(port)
+    end_with_launcher()  # threads do not survive a fork
+    try:
+        main(parse_arguments(PretrainArguments, "recipes/configs/quickstart/pretrain.yaml", flags))
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    for name in list_models():
+        if name.endswith("_tiny"):
+            build_model(name, vocab_size=320)
+    for item in json.loads(Path(sys.argv[1]).read_text()):
+        child = os.fork()
+        if child == 0:
+            status = run(item["flags"], item["port"])
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != 0:
+            sys.exit(f"rank {os.environ.get('RANK', '0')}: status {status} from {item['flags']}")
