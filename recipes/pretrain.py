@@ -48,10 +48,12 @@ from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
 from mini_llm.parallel.compile import compile_layers
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
+from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
     find_checkpoint,
+    load_newest,
     read_state,
     save_checkpoint,
     stream_state,
@@ -183,6 +185,7 @@ def main(args: PretrainArguments) -> None:
 
     # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
+    bad_steps = BadSteps(args, accelerator)
     if checkpoint:
         try:
             load_engine_state(
@@ -196,6 +199,7 @@ def main(args: PretrainArguments) -> None:
         except EngineMismatch as error:
             stop(str(error))
         tokens.load_state_dict(state["tokens"])
+        bad_steps.load_state_dict(state["bad_steps"])
 
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)
@@ -213,7 +217,9 @@ def main(args: PretrainArguments) -> None:
     watchdog.end_if_stuck(args.ddp_timeout)
     model.train()
     gradient_bytes = evaluated_at = 0
-    for step in range(start_step + 1, last_step + 1):
+    step = start_step
+    while step < last_step:
+        step += 1
         micro_batches = []
         for _ in range(accumulation):
             rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
@@ -267,7 +273,19 @@ def main(args: PretrainArguments) -> None:
                 gradient_bytes = max(gradient_bytes, engine.gradient_bytes(model, optimizer))
         grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
-        if load is not None:
+        fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
+        if fault is not None:
+            log.say(f"step {step} went wrong: {fault} (--bad_step_policy {args.bad_step_policy})")
+            if args.bad_step_policy == "stop":
+                raise RuntimeError(f"step {step} went wrong: {fault}; see --bad_step_policy")
+            if args.bad_step_policy == "rewind":
+                bad_steps.rewind()
+                state = load_newest(accelerator, model, optimizer, output_dir)
+                step = state["step"]
+                tokens.load_state_dict(state["tokens"])
+                log.rewind(step)
+                continue
+        elif load is not None:
             update_expert_bias(model, load, speed=args.expert_bias_update_speed)
         throughput.add(args.global_batch_tokens)
         log.advance()
@@ -282,12 +300,11 @@ def main(args: PretrainArguments) -> None:
         metrics: dict[str, float | None] = {}
         if step == 1 or step % args.logging_steps == 0 or is_last:
             losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
-            if not all(map(math.isfinite, losses)):
-                raise RuntimeError(f"the loss of step {step} is {losses}; lower --learning_rate")
             metrics |= dict(zip(step_losses, losses, strict=True))
             metrics["train/perplexity"] = math.exp(min(losses[0], 700.0))
             metrics["train/grad_norm"] = float(grad_norm)
             metrics["train/lr"] = learning_rate
+            metrics["train/bad_steps"] = bad_steps.count
             metrics |= tokens.read()
             for name, reasons in rejected_rows(stream).items():
                 metrics[f"data/{name}/rejected"] = reasons.total()
@@ -319,6 +336,7 @@ def main(args: PretrainArguments) -> None:
                     "engine": describe_engine(accelerator, model),
                     "stream": stream_state(stream),
                     "tokens": tokens.state_dict(),
+                    "bad_steps": bad_steps.state_dict(),
                 },
                 total_limit=args.save_total_limit,
                 milestone_steps=args.milestone_steps,
@@ -330,7 +348,6 @@ def main(args: PretrainArguments) -> None:
         if interruption.stop_now:
             log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
             note_the_stop()
-            last_step = step
             break
 
     # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
@@ -340,7 +357,7 @@ def main(args: PretrainArguments) -> None:
     log.close()
     interruption.close()
     watchdog.rest()
-    if last_step == args.max_steps:
+    if step == args.max_steps:
         card = card_facts(args, accelerator, model, tokens=tokens.total(), evaluation=evaluation)
         save_final(accelerator, model, tokenizer, output_dir / "final", card)
         if accelerator.is_main_process:

@@ -259,19 +259,24 @@ def optimizer_step(
 ) -> torch.Tensor | float:
     """Clip to the global norm ``max_grad_norm`` (0: do not), update, clear; return the norm before.
 
-    The norm is over all parameters and ranks, of the step's whole gradient.
+    The norm is over all parameters and ranks, of the step's whole gradient. Where it is not finite,
+    nothing is updated (DeepSpeed's ZeRO-1 to 3 look at it themselves, and return inf).
     """
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     if not is_deepspeed(model):
         norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
-        optimizer.step()
+        if norm.isfinite():
+            optimizer.step()
         optimizer.zero_grad()
         return norm
     if model.zero_optimization_stage() > 0:  # type: ignore[operator]
         model.step()  # type: ignore[operator]
         return model.get_global_grad_norm()  # type: ignore[operator]
     norm = nn.utils.clip_grad_norm_(model.module.parameters(), limit)  # type: ignore[union-attr]
-    model.step()  # type: ignore[operator]
+    if norm.isfinite():
+        model.step()  # type: ignore[operator]
+    else:
+        model.zero_grad()
     return norm
 
 

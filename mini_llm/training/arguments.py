@@ -84,6 +84,15 @@ class PretrainArguments:
     balance_loss_weight: float = _arg("weight of the load-balance loss (a mean over rows)", 1e-4)
     mtp_loss_weight: float = _arg("weight of the multi-token-prediction loss", 0.3)
     mtp_loss_final_weight: float = _arg("… in the last third of the run", 0.1)
+    # Steps that go wrong (training/bad_steps.py)
+    bad_step_policy: str = _arg(
+        "after a gradient that is not finite, or a loss jump: stop | skip | rewind (to the newest "
+        "checkpoint, and on with other rows)",
+        "stop",
+    )
+    max_loss_jump: float = _arg(
+        "a loss so many nats above the mean of the last steps is a bad step too (0: never)", 0.0
+    )
     # Precision and engine
     bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
@@ -298,9 +307,16 @@ def check_arguments(args: PretrainArguments, world_size: int) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     not_negative = ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm")
-    for name in (*not_negative, "milestone_steps", "save_minutes"):
+    for name in (*not_negative, "milestone_steps", "save_minutes", "max_loss_jump"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    if args.bad_step_policy not in ("stop", "skip", "rewind"):
+        raise ValueError(f"--bad_step_policy {args.bad_step_policy} is none of stop, skip, rewind")
+    if args.max_loss_jump and args.bad_step_policy == "skip":
+        raise ValueError(
+            "--max_loss_jump sees a jump after the step was made, which --bad_step_policy skip "
+            "cannot undo; give stop or rewind"
+        )
     if args.max_hours is not None and args.max_hours <= 0:
         raise ValueError(f"--max_hours is {args.max_hours}; it must be above 0")
     if args.save_total_limit < 1:

@@ -19,7 +19,7 @@ from torch import nn
 
 from mini_llm.data.stream import RowStream
 from mini_llm.hub.export import save_stock_checkpoint
-from mini_llm.parallel.engine_state import save_engine_state
+from mini_llm.parallel.engine_state import load_engine_state, save_engine_state
 
 from .checkpoint_files import (
     DamagedCheckpointError,
@@ -196,6 +196,31 @@ def _newest_whole(output_dir: Path) -> Path | None:
             "restore one, or delete its checkpoints/ to start over"
         )
     return None
+
+
+def load_newest(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, output_dir: Path
+) -> dict[str, Any]:
+    """Go back to the newest checkpoint of the running run; return its state.json. A collective.
+
+    Raises RuntimeError when there is none yet.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        raise RuntimeError(
+            f"{output_dir} has no checkpoint to go back to yet; lower --save_steps or "
+            "--learning_rate"
+        )
+    state = read_state(checkpoints[-1])
+    load_engine_state(
+        accelerator,
+        model,
+        optimizer,
+        checkpoints[-1] / "engine",
+        written_by=state["engine"],
+        scratch=output_dir / "checkpoints",
+    )
+    return state
 
 
 def _say(text: str) -> None:

@@ -66,6 +66,15 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         self.path.write_text("".join(kept))
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from ``step``: drop what was logged after it."""
+        if not self.accelerator.is_main_process:
+            return
+        self._cut_after(step)
+        if self.progress is not None:
+            self.progress.n = step
+            self.progress.refresh()
+
     def advance(self) -> None:
         """One optimizer step is done (moves the progress bar)."""
         if self.progress is not None:

@@ -67,7 +67,7 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
     last = logged[-1]
     assert last.keys() == {
         *("step", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens"),
-        *("perf/tokens_per_second", "perf/mfu", "data/tiny/tokens"),
+        *("train/bad_steps", "perf/tokens_per_second", "perf/mfu", "data/tiny/tokens"),
         *("eval/tiny/loss", "eval/tiny/bits_per_byte"),
     }
     assert last["perf/mfu"] is None  # a CPU's peak is not known
