@@ -7,6 +7,8 @@ from mini_llm import build_model
 from mini_llm.parallel.compile import compile_layers
 
 CPU = torch.device("cpu")
+
+
 MODELS = ["mini_llama3_tiny", "mini_deepseekv3_tiny", "mini_qwen3_next_tiny"]
 
 

@@ -49,6 +49,9 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+# It loops over the lengths of the batch's documents, so that traced, every batch would be compiled
+# anew. (Only the CPU takes this path; kernels for GPUs get the lengths as a tensor.)
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
