@@ -52,7 +52,7 @@ def run(
     "config",
     [
         "zero1",
-        "ddp",
+        pytest.param("ddp", marks=pytest.mark.slow),
         pytest.param("zero0", marks=pytest.mark.slow),
         pytest.param("zero2", marks=pytest.mark.slow),
         pytest.param("zero3", marks=pytest.mark.slow),
@@ -80,6 +80,7 @@ def test_skipped_step_changes_no_weight_and_is_counted(tiny_data, tmp_path, conf
     assert math.isfinite(series(tmp_path / "run", "train/loss")[-1])
 
 
+@pytest.mark.slow
 def test_stop_ends_at_the_step_and_leaves_the_checkpoints(tiny_data, tmp_path):
     output = run(tiny_data, tmp_path / "run", "zero1", "inf", "--save_steps", "3")
     assert not output.endswith("status 0")
@@ -90,7 +91,10 @@ def test_stop_ends_at_the_step_and_leaves_the_checkpoints(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("factor", "bad_step", "flags"),
     # A loss a thousand times as large is no error of arithmetic: it is seen as a jump.
-    [("nan", 7, []), ("1000", 14, ["--max_loss_jump", "3"])],
+    [
+        ("nan", 7, []),
+        pytest.param("1000", 14, ["--max_loss_jump", "3"], marks=pytest.mark.slow),
+    ],
 )
 def test_rewind_goes_back_to_the_checkpoint_and_on_with_other_rows(
     tiny_data, tmp_path, factor, bad_step, flags

@@ -107,6 +107,7 @@ def test_zero_1_then_3_then_2_continue_as_the_uninterrupted_run(reference_of, ti
     assert_continues(run, reference_of(model))
 
 
+@pytest.mark.slow
 def test_ddp_continues_as_a_single_process_and_refuses_to_as_zero(
     reference_of, tiny_data, tmp_path
 ):

@@ -177,6 +177,7 @@ def test_rank_that_is_killed_ends_the_job_and_the_launcher_names_it(start):
     assert not any(psutil.pid_exists(rank.pid) for rank in ranks)
 
 
+@pytest.mark.slow  # the launcher takes 30 seconds to give a hanging rank up
 def test_rank_that_hangs_ends_the_job_within_the_stated_time(start):
     run = start("--ddp_timeout", "5")
     run.wait_for_step(3)
