@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from data_tools import prepare_sft, self_awareness, sft_charts
+from data_tools import prepare_sft, self_awareness, sft_charts, sft_sampling
 from data_tools.self_awareness import SelfAwareness
 from mini_llm.data.sft_files import (
     SftManifest,
@@ -238,7 +238,7 @@ def test_smaller_slices_and_scans_choose_the_same_conversations(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prepare_sft, "SAMPLED_AT_ONCE", 7)
+    monkeypatch.setattr(sft_sampling, "SAMPLED_AT_ONCE", 7)
     monkeypatch.setattr(prepare_sft, "SCAN_BYTES", 999)
     prepare([source], tokenizer_dir, tmp_path / "small")
     assert fingerprints(tmp_path / "small") == fingerprints(prepared[0])
@@ -390,14 +390,14 @@ def test_finished_folder_is_reused_and_other_options_are_refused_by_name(
 
 
 def test_shares_are_proportional_and_sum_to_the_quota() -> None:
-    assert prepare_sft.largest_remainder([5, 3, 2], 5) == [3, 1, 1]
-    assert prepare_sft.largest_remainder([1, 1], 5) == [1, 1]
-    assert prepare_sft.largest_remainder([], 5) == []
+    assert sft_sampling.largest_remainder([5, 3, 2], 5) == [3, 1, 1]
+    assert sft_sampling.largest_remainder([1, 1], 5) == [1, 1]
+    assert sft_sampling.largest_remainder([], 5) == []
     draw = random.Random(0)
     for _ in range(300):
         available = [draw.randint(0, 50) for _ in range(draw.randint(1, 9))]
         quota = draw.randint(0, 200)
-        shares = prepare_sft.largest_remainder(available, quota)
+        shares = sft_sampling.largest_remainder(available, quota)
         total = sum(available)
         assert sum(shares) == min(quota, total)
         for share, count in zip(shares, available, strict=True):
