@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import secrets
 import sys
 import time
@@ -81,12 +82,17 @@ class MetricsLog:
             self.progress.update()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record ``metrics`` (already reduced over ranks) of optimizer step ``step`` (from 1)."""
-        self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+        """Record ``metrics`` (already reduced over ranks) of optimizer step ``step`` (from 1).
+
+        What is not finite is null in metrics.jsonl, which is JSON, and left out of the trackers.
+        """
+        finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        self.accelerator.log(finite, step=step)
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            line = {"step": step, **{name: finite.get(name) for name in metrics}}
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  {summary(metrics)}")
 
     def say(self, text: str) -> None:

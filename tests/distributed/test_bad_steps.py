@@ -67,6 +67,9 @@ def test_skipped_step_changes_no_weight_and_is_counted(tiny_data, tmp_path, conf
     assert output.endswith("status 0"), output
     assert f"step {BAD_STEP} went wrong: its gradient norm is" in output
     assert series(tmp_path / "run", "train/bad_steps") == [0] * 6 + [1] * 6
+    bad = metrics(tmp_path / "run")[BAD_STEP - 1]
+    assert bad["step"] == BAD_STEP and bad["train/loss"] is None and bad["train/grad_norm"] is None
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
     weights = [
         load_file(tmp_path / f"run/checkpoints/step-{step}/model/model.safetensors")
         for step in range(BAD_STEP - 2, BAD_STEP + 2)
