@@ -64,14 +64,12 @@ class Run:
             assert time.monotonic() < deadline and self.process.poll() is None, self.output()
             time.sleep(0.05)
 
-    def wait_for(self, words: str, *, also_ended: bool = False) -> None:
+    def wait_for(self, words: str, times: int = 1) -> None:
+        """Until that many lines of its output hold these words."""
         deadline = time.monotonic() + PATIENCE
-        while words not in self.output():
-            ended = self.process.poll() is not None
-            if ended and also_ended:
-                return
-            assert time.monotonic() < deadline and not ended, self.output()
-            time.sleep(0.05)
+        while sum(words in line for line in self.output().splitlines()) < times:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
+            time.sleep(0.02)
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE)

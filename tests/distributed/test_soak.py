@@ -36,13 +36,14 @@ def test_twenty_kills_at_random_moments_change_nothing_but_the_time(
     for kill in range(KILLS):
         saved = newest_step(run_dir)
         run = Run(run_dir, *flags)
-        if draw.random() < 0.85:  # most kills fall into training and saving, some into the start
-            run.wait_for("step ", also_ended=True)
-        time.sleep(draw.uniform(0.0, 1.5))
+        # Counted in steps, for machines of any speed; some kills fall into the start, before any.
+        run.wait_for("step ", times=draw.choice([0, *range(1, 9)]))
+        time.sleep(draw.uniform(0.0, 0.1))
         killed_alive += run.process.poll() is None
         everything = [run.process.pid, *(rank.pid for rank in run.ranks())]
-        # The whole tree, the launcher alone, one rank alone, the ranks.
-        for pid in (everything, everything[:1], everything[1:2], everything[2:])[kill % 4]:
+        # The whole tree, the launcher alone, one rank alone, the other one.
+        victims = (everything, everything[:1], everything[1:2], everything[2:])[kill % 4]
+        for pid in victims or everything:  # there are no ranks yet
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).kill()
         killed_saving += any((run_dir / "checkpoints").glob(".step-*"))
@@ -51,7 +52,7 @@ def test_twenty_kills_at_random_moments_change_nothing_but_the_time(
         resumed = re.search(r"resumed at step (\d+)", run.output())
         assert resumed is None or int(resumed[1]) >= saved, run.output()
         assert "damaged" not in run.output() and "warning" not in run.output(), run.output()
-    assert killed_alive >= KILLS // 2 and killed_saving >= 2
+    assert killed_alive == KILLS and killed_saving >= 2
     last = Run(run_dir, *flags)
     assert last.process.wait(600) == 0, last.output()
     for key in ("train/loss", "train/grad_norm", "train/tokens"):
