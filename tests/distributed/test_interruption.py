@@ -1,5 +1,6 @@
 """Stopping a run on purpose or by force: what it leaves, how it ends, and that it goes on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,12 +46,14 @@ class Run:
         )
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes of the recipe, in no order."""
-        try:
-            children = psutil.Process(self.process.pid).children()
-        except psutil.NoSuchProcess:
-            return []
-        return [child for child in children if "recipes/pretrain.py" in " ".join(child.cmdline())]
+        """The processes of the recipe that are alive, in no order."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):  # a zombie has no command line
+                    if "recipes/pretrain.py" in " ".join(child.cmdline()):
+                        found.append(child)
+        return found
 
     def output(self) -> str:
         self._log.flush()
@@ -77,7 +80,8 @@ class Run:
     def kill(self) -> None:
         """End whatever is left of it."""
         for process in self.ranks():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.kill()
         self.process.wait()
 
