@@ -244,6 +244,7 @@ def probe() -> None:
         accumulate,
         backward,
         build_accelerator,
+        leave,
         optimizer_step,
         zero_stage,
     )
@@ -281,7 +282,7 @@ def probe() -> None:
             raise RuntimeError(f"rank {accelerator.process_index}: this does not hold: {claim}")
     if accelerator.is_main_process:
         print(f"{PROBE_PASSED}{'; '.join(claims)}", flush=True)
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def inner_optimizer(optimizer: Any) -> Any:

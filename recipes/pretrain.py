@@ -364,7 +364,7 @@ def main(args: PretrainArguments) -> None:
             print(f"drew {plot_loss(output_dir)}")
             print_samples(output_dir, args.sample_prompts, args.sample_max_new_tokens, args.seed)
             print(f"the trained model is in {output_dir / 'final'}", flush=True)
-    accelerator.end_training()
+    engine.leave(accelerator)
 
 
 if __name__ == "__main__":

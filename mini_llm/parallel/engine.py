@@ -9,10 +9,11 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -278,6 +279,22 @@ def optimizer_step(
     else:
         model.zero_grad()
     return norm
+
+
+def leave(accelerator: Accelerator) -> NoReturn:
+    """End this rank with status 0, once all ranks are here; the last call of a recipe.
+
+    Without Python's own teardown: a gloo thread may still hold the last collective's tensors then,
+    and when it lets go of one while the interpreter goes down, the rank aborts ("terminate called
+    without an active exception", torch 2.13, ``ProcessGroupGloo::runLoop``). The launcher would
+    call a finished run failed.
+    """
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
