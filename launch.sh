@@ -8,7 +8,7 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain doctor help"
+COMMANDS="setup quickstart test pretrain sft doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
@@ -29,10 +29,12 @@ Usage: ./launch.sh COMMAND [flags]
   setup        create .venv and install torch, the dependencies and this package (editable)
                  --dev               also the test, lint and type-check tools
                  --torch_index URL   take torch from this package index (default: pip's own settings)
-  quickstart   set up, build a small corpus from text on this machine, pretrain on 2 processes
+  quickstart   set up, build a small corpus from text on this machine, pretrain and fine-tune on 2
+               processes
   test         set up with --dev, then run the tests; every other flag goes to pytest
                  --slow              run the slow tests instead of the quick ones
   pretrain     train on this machine; every other flag goes to recipes/pretrain.py
+  sft          fine-tune on conversations; every other flag goes to recipes/sft.py. Both take:
                  --config_file F     Accelerate config (default accelerate_configs/zero1.yaml)
                  --procs_per_node N  processes (default: one per GPU, 1 without a GPU)
                  --main_port P       port of the first process (default: a free one)
@@ -364,7 +366,7 @@ cmd_test() {
 
 cmd_quickstart() {
   (($# == 0)) || usage_error "quickstart: takes no flags, got '$1'; use ./launch.sh pretrain for your own run"
-  local folder="output/quickstart" gpus threads processes=2
+  local folder="output/quickstart" gpus threads processes=2 recipe
   is_set_up 0 "" || stage setup install_environment 0 ""
   require_setup quickstart
   spare_deepspeed_the_search
@@ -374,19 +376,28 @@ cmd_quickstart() {
   ((threads <= 4)) || threads=4 # the model is too small to gain from more
   export OMP_NUM_THREADS="$threads" # the flag below is enough, but torchrun warns without it
   stage data "$VENV/bin/python" -m mini_llm.data.quickstart "$folder/data"
-  stage pretrain "$VENV/bin/accelerate" launch --config_file accelerate_configs/zero1.yaml \
-    --num_processes "$processes" --main_process_port 0 \
-    --num_cpu_threads_per_process "$threads" recipes/pretrain.py
+  for recipe in pretrain sft; do
+    stage "$recipe" "$VENV/bin/accelerate" launch --config_file accelerate_configs/zero1.yaml \
+      --num_processes "$processes" --main_process_port 0 \
+      --num_cpu_threads_per_process "$threads" "recipes/$recipe.py"
+  done
   cat <<TEXT
 
 Where things are:
-  $folder/data/                     corpus, tokenizer, packed rows
-  $folder/pretrain/final/           the model, a directory that plain transformers opens
-  $folder/pretrain/metrics.jsonl    every logged step; plots/ and logs/ (TensorBoard) beside it
+  $folder/data/                     corpus, tokenizer, packed rows and conversations
+  $folder/pretrain/final/           the base model, a directory that plain transformers opens
+  $folder/sft/final/                the chat model, likewise; sft/samples.txt has its answers
+  $folder/*/metrics.jsonl           every logged step; plots/ and logs/ (TensorBoard) beside it
 TEXT
 }
 
-cmd_pretrain() {
+cmd_pretrain() { launch_recipe pretrain "$@"; }
+
+cmd_sft() { launch_recipe sft "$@"; }
+
+launch_recipe() { # launch_recipe NAME FLAGS…: recipes/NAME.py under accelerate launch
+  local recipe="$1"
+  shift
   local config_file="accelerate_configs/zero1.yaml" processes="" port=0 print_only=0 flag value threads
   local recipe_flags=()
   while (($#)); do
@@ -396,7 +407,7 @@ cmd_pretrain() {
         if [[ "$1" == *=* ]]; then
           value="${1#*=}"
         else
-          (($# > 1)) || usage_error "pretrain: $flag needs a value"
+          (($# > 1)) || usage_error "$recipe: $flag needs a value"
           value="$2"
           shift
         fi
@@ -407,38 +418,38 @@ cmd_pretrain() {
         esac
         ;;
       --nodes | --node_rank | --main_ip)
-        usage_error "pretrain: $flag is not supported: this version trains on one machine; leave it out"
+        usage_error "$recipe: $flag is not supported: this version trains on one machine; leave it out"
         ;;
       --print) print_only=1 ;;
       -h | --help)
-        require_setup pretrain
-        exec "$VENV/bin/python" recipes/pretrain.py --help
+        require_setup "$recipe"
+        exec "$VENV/bin/python" "recipes/$recipe.py" --help
         ;;
       *) recipe_flags+=("$1") ;;
     esac
     shift
   done
-  [[ -f "$config_file" ]] || usage_error "pretrain: --config_file $config_file does not exist;" \
+  [[ -f "$config_file" ]] || usage_error "$recipe: --config_file $config_file does not exist;" \
     "the ones that come with the project are in accelerate_configs/"
   [[ -n "$processes" ]] || processes="$(gpu_count)"
   [[ "$processes" != 0 ]] || processes=1
   [[ "$processes" =~ ^[1-9][0-9]*$ ]] ||
-    usage_error "pretrain: --procs_per_node must be a positive number, got '$processes'"
-  [[ "$port" =~ ^[0-9]+$ ]] || usage_error "pretrain: --main_port must be a number, got '$port'"
+    usage_error "$recipe: --procs_per_node must be a positive number, got '$processes'"
+  [[ "$port" =~ ^[0-9]+$ ]] || usage_error "$recipe: --main_port must be a number, got '$port'"
 
   threads="$(cpu_threads "$processes")"
   # Port 0: Accelerate picks a free one, so two runs on a machine do not collide.
   local launch=("$VENV/bin/accelerate" launch --config_file "$config_file"
     --num_processes "$processes" --main_process_port "$port"
     --num_cpu_threads_per_process "$threads"
-    recipes/pretrain.py ${recipe_flags[@]+"${recipe_flags[@]}"})
+    "recipes/$recipe.py" ${recipe_flags[@]+"${recipe_flags[@]}"})
   if ((print_only)); then
     local quoted
     printf -v quoted '%q ' "${launch[@]}"
     echo "${quoted% }"
     return
   fi
-  require_setup pretrain
+  require_setup "$recipe"
   spare_deepspeed_the_search
   export OMP_NUM_THREADS="$threads" # the flag above is enough, but torchrun warns without it
   # Runs that command; a signal reaches the ranks, which save, and the status is 0.
@@ -452,7 +463,7 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | doctor) "cmd_$1" "${@:2}" ;;
+    setup | quickstart | test | pretrain | sft | doctor) "cmd_$1" "${@:2}" ;;
     help | -h | --help) usage ;;
     "") usage_error "which command? One of: $COMMANDS" ;;
     *) usage_error "unknown command '$1'; it is one of: $COMMANDS" ;;

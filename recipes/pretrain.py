@@ -37,6 +37,7 @@ from mini_llm.data import (
     collate,
     load_tokenizer,
     open_stream,
+    open_validation,
     token_byte_lengths,
     tokenizer_fingerprint,
 )
@@ -97,7 +98,7 @@ def main(args: PretrainArguments) -> None:
             tokenizer=args.tokenizer,
         )
         fingerprint = tokenizer_fingerprint(args.tokenizer)
-        check_tokenizer_of_model(args, fingerprint)
+        check_tokenizer_of_model(args.model, args.tokenizer, fingerprint)
         identity = run_identity(args, fingerprint, stream.fingerprint)
         check_run_folder(output_dir, identity)
         lock = RunLock(output_dir)
@@ -107,7 +108,8 @@ def main(args: PretrainArguments) -> None:
         if checkpoint:
             state = read_state(checkpoint)
             stream.load_state_dict(state["stream"])
-        held_out = load_held_out(args, rank=rank(), world_size=world_size())
+        stream.start()
+        held_out = load_held_out(args, open_validation, rank=rank(), world_size=world_size())
     except (ValueError, OSError) as error:
         stop(str(error))
 
@@ -117,6 +119,7 @@ def main(args: PretrainArguments) -> None:
     if start_step >= last_step and finished and not args.dry_run:
         if rank() == 0:
             print(f"{output_dir} is already at step {start_step}; nothing to do", flush=True)
+        stream.close()
         return
 
     # ---- Engine: DeepSpeed ZeRO 0–3, DDP or one process, as the Accelerate config says -----------
@@ -172,7 +175,8 @@ def main(args: PretrainArguments) -> None:
         print_dry_run(
             args, accelerator, config, parameters, tokenizer, [next(stream), next(stream)]
         )
-        return
+        stream.close()
+        engine.leave(accelerator)
 
     optimizer = build_optimizer(
         model.to(accelerator.device),

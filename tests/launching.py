@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mini_llm.parallel.environment import free_port
+from tests.conftest import TINY_MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 300
 
 # A model small enough that a launch is mostly imports; everything else is the recipe's own.
-TINY_MODEL = {
-    "hidden_size": 64,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-}
+TINY_MODEL = TINY_MODELS["mini_llama3_tiny"]
 TINY_RUN = [
     *("--model", "mini_llama3_tiny", "--model_overrides", json.dumps(TINY_MODEL)),
     *("--max_steps", "20", "--global_batch_tokens", "1024"),  # 16 rows of 64 tokens
@@ -32,21 +28,31 @@ TINY_RUN = [
     *("--sample_prompts", "[]", "--report_to", "none"),
 ]
 
+# The same for recipes/sft.py, on rows of TinyConversations.
+SFT_RUN = [
+    *("--num_train_epochs", "0", "--max_steps", "6", "--per_device_train_batch_size", "4"),
+    *("--global_batch_tokens", "2560", "--learning_rate", "1e-3", "--warmup_steps", "1"),
+    *("--adam_epsilon", "1e-4", "--weight_decay", "0.1"),
+    *("--logging_steps", "1", "--eval_steps", "0", "--save_steps", "0", "--report_to", "none"),
+    *("--sample_prompts", "[]"),
+]
+
 
 def launch(
     *flags: str,
+    recipe: str = "pretrain",
     config: str | None = "zero1",
     processes: int = 2,
     check: bool = True,
     cwd: Path = REPOSITORY,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``accelerate launch … recipes/pretrain.py flags``; stdout and stderr come together.
+    """Run ``accelerate launch … recipes/RECIPE.py flags``; stdout and stderr come together.
 
     ``config`` None: no Accelerate config at all. ``check``: a failure fails the test, with output.
     """
     done = subprocess.run(
-        launch_command(*flags, config=config, processes=processes),
+        launch_command(*flags, recipe=recipe, config=config, processes=processes),
         cwd=cwd,
         env=launch_environment(env),
         stdout=subprocess.PIPE,
@@ -58,13 +64,15 @@ def launch(
     return done
 
 
-def launch_command(*flags: str, config: str | None = "zero1", processes: int = 2) -> list[str]:
-    """The words of ``accelerate launch … recipes/pretrain.py flags``."""
+def launch_command(
+    *flags: str, recipe: str = "pretrain", config: str | None = "zero1", processes: int = 2
+) -> list[str]:
+    """The words of ``accelerate launch … recipes/RECIPE.py flags``."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config is not None:
         command += ["--config_file", f"accelerate_configs/{config}.yaml"]
         command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    return [*command, str(REPOSITORY / "recipes/pretrain.py"), *flags]
+    return [*command, str(REPOSITORY / f"recipes/{recipe}.py"), *flags]
 
 
 def launch_environment(env: dict[str, str] | None = None) -> dict[str, str]:
@@ -78,6 +86,7 @@ def launch_several(
     runs: list[list[str]],
     plan: Path,
     *,
+    recipe: str = "pretrain",
     config: str = "zero1",
     processes: int = 2,
     env: dict[str, str] | None = None,
@@ -88,7 +97,8 @@ def launch_several(
     ``plan`` is a file to write them to for tests/distributed/several_runs.py, which says why the
     runs are independent. Fails with the output if one of them fails.
     """
-    plan.write_text(json.dumps([{"flags": flags, "port": free_port()} for flags in runs]))
+    content = [{"recipe": recipe, "flags": flags, "port": free_port()} for flags in runs]
+    plan.write_text(json.dumps(content))
     *launcher, _ = launch_command(config=config, processes=processes)
     done = subprocess.run(
         [*launcher, str(REPOSITORY / "tests/distributed/several_runs.py"), str(plan)],

@@ -1,6 +1,7 @@
 """The project's own benchmark: one figure after the other, with what it was taken on.
 
     python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --output bench_data.json
+    python -m mini_llm.bench attention --documents 10
 
 Figures are medians, with minimum and maximum, of CPU time in one process; variants that are
 compared take turns.
@@ -35,12 +36,31 @@ def main(command_line: Sequence[str] | None = None) -> None:
     )
     of_data.add_argument("--seq_len", type=int, default=2048, help="tokens per row (default: 2048)")
     of_data.add_argument("--repeats", type=int, default=20, help="timed calls (default: 20)")
-    of_data.add_argument("--output", type=Path, help="JSON file for the figures")
+    of_attention = what.add_parser("attention", help="packed rows: per document, and with a mask")
+    of_attention.add_argument("--seq_len", type=int, default=2048, help="default: 2048")
+    of_attention.add_argument(
+        "--documents", type=int, default=10, help="documents of a row (default: 10)"
+    )
+    of_attention.add_argument(
+        "--seed", type=int, default=0, help="of where the documents end (default: 0)"
+    )
+    of_attention.add_argument(
+        "--repeats", type=int, default=10, help="timed calls, each of another row (default: 10)"
+    )
+    for command in (of_data, of_attention):
+        command.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(command_line)
     try:
-        figures = data.run(
-            arguments.input, arguments.tokenizer, arguments.seq_len, arguments.repeats
-        )
+        if arguments.what == "data":
+            figures = data.run(
+                arguments.input, arguments.tokenizer, arguments.seq_len, arguments.repeats
+            )
+        else:
+            from . import attention  # not above: --help need not wait for torch
+
+            figures = attention.run(
+                arguments.seq_len, arguments.documents, arguments.seed, arguments.repeats
+            )
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +35,30 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
 def median_and_range(values: list[float]) -> str:
     """Return the median with minimum and maximum, for a table."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Return the bytes of each block that torch takes on the CPU during `call`, frees negative.
+
+    They are in order, and include what kernels take for themselves. A block that was there before
+    does not count when it is freed, unless it was taken while this function looked another time.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it notes each start on stderr
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    blocks = [event for event in events if event["name"] == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(blocks, key=lambda event: event["ts"])]
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Return the most bytes that torch held on the CPU during `call`, beyond those before it."""
+    return max(accumulate(allocations(call)), default=0)
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Not when first used: `collate` names a function and its module, and whichever is bound last wins.
-from .collate import IGNORE_INDEX, Batch, collate
+from .collate import IGNORE_INDEX, Batch, collate, one_document_per_row
 
 if TYPE_CHECKING:
     from .manifest import Manifest, check_manifest, load_manifest, write_manifest
     from .packing import best_fit_decreasing, pack_documents, split_long_documents
-    from .quickstart import build_quickstart_data
+    from .quickstart import build_quickstart_conversations, build_quickstart_data
+    from .sft_stream import open_sft_stream, open_sft_validation
     from .stream import HeldOut, Row, RowStream, open_stream, open_validation, validation_rows
     from .tokenizer import (
         CHAT_TEMPLATE,
@@ -33,7 +34,10 @@ _MODULE_OF_NAME = {
     "best_fit_decreasing": "packing",
     "pack_documents": "packing",
     "split_long_documents": "packing",
+    "build_quickstart_conversations": "quickstart",
     "build_quickstart_data": "quickstart",
+    "open_sft_stream": "sft_stream",
+    "open_sft_validation": "sft_stream",
     "HeldOut": "stream",
     "Row": "stream",
     "RowStream": "stream",
@@ -59,11 +63,15 @@ __all__ = [
     "Row",
     "RowStream",
     "best_fit_decreasing",
+    "build_quickstart_conversations",
     "build_quickstart_data",
     "check_manifest",
     "collate",
     "load_manifest",
     "load_tokenizer",
+    "one_document_per_row",
+    "open_sft_stream",
+    "open_sft_validation",
     "open_stream",
     "open_validation",
     "pack_documents",

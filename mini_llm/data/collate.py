@@ -1,4 +1,4 @@
-"""Packed rows → the tensors a model trains on."""
+"""Packed rows → the tensors a model trains on, and the same rows without packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from .stream import Row
+    from .packed_stream import Row
 
 IGNORE_INDEX = -100
 
@@ -31,8 +31,8 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     - `input_ids` [B, T] int64.
     - `position_ids` [B, T] int64: 0, 1, 2, … from the start of each document; 0 on padding.
     - `labels` [B, T] int64, Hugging Face convention (labels[t] is input_ids[t], the model shifts):
-      -100 on the first token of each document, which no token before it may predict, and on
-      padding.
+      -100 on the first token of each document, which no token before it may predict, on padding,
+      and where a row has a `loss_mask` that is False.
     - `cu_seq_lens` [segments + 1] int32, always on the host: segment boundaries in the flattened
       [B·T] tokens, from 0 to B·T. A segment is a document, or the padding at the end of a row.
     - `num_target_tokens`: labels that are not -100.
@@ -62,7 +62,11 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     is_real = places % seq_len < np.repeat(row_lengths, seq_len)
     position_ids = np.zeros(num_rows * seq_len, dtype=np.int64)
     position_ids[is_real] = places[is_real] - np.repeat(starts, lengths)
-    labels = np.where(is_real & (position_ids > 0), input_ids.reshape(-1), IGNORE_INDEX)
+    is_target = is_real & (position_ids > 0)
+    for row, place in zip(rows, range(0, num_rows * seq_len, seq_len), strict=True):
+        if "loss_mask" in row:
+            is_target[place : place + seq_len] &= row["loss_mask"]
+    labels = np.where(is_target, input_ids.reshape(-1), IGNORE_INDEX)
 
     row_ends = np.arange(num_rows) * seq_len + row_lengths
     boundaries = np.concatenate([starts, row_ends[padding > 0], [num_rows * seq_len]])
@@ -78,3 +82,26 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
         cu_seq_lens=torch.from_numpy(cu_seq_lens),
         num_target_tokens=int((labels != IGNORE_INDEX).sum()),
     )
+
+
+def one_document_per_row(rows: Sequence[Row]) -> list[Row]:
+    """Return each document of packed rows as a row of its own: the same step without packing.
+
+    The rows are as long as the longest document, padded at the end: the same documents and
+    supervised tokens, more places. Padding rows, which hold no document, give none.
+    """
+    lengths = [length for row in rows for length in row["doc_lens"].tolist()]
+    longest = max(lengths, default=0)
+    unpacked: list[Row] = []
+    for row in rows:
+        ends = np.cumsum(row["doc_lens"])
+        for start, end in zip(ends - row["doc_lens"], ends, strict=True):
+            padding = (0, longest - int(end - start))
+            document = row | {
+                "input_ids": np.pad(row["input_ids"][start:end], padding),
+                "doc_lens": np.array([end - start], np.int32),
+            }
+            if "loss_mask" in row:
+                document["loss_mask"] = np.pad(row["loss_mask"][start:end], padding)
+            unpacked.append(document)
+    return unpacked

@@ -1,7 +1,8 @@
-"""Jsonl of conversations: DeepCtrl records, `messages`, and `conversations` in ShareGPT's words.
+"""Files of conversations: DeepCtrl records, `messages`, and `conversations` in ShareGPT's words.
 
-A line that is no conversation is `Rejected` with a reason and its place. What is mended on the way
-(an empty turn of the history, keys of an older format) is counted under a name.
+Jsonl, or parquet with columns of these names. A line or row that is no conversation is `Rejected`
+with a reason and its place. What is mended on the way (an empty turn of the history, keys of an
+older format) is counted under a name.
 """
 
 from __future__ import annotations
@@ -15,15 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .conversations import ASSISTANT, SYSTEM, USER, Conversation, Message, why_invalid
-from .text_files import MAX_LINE_BYTES, QUARANTINED_CHARACTERS, READ_BUFFER_BYTES, Rejected
+from .text_files import (
+    MAX_LINE_BYTES,
+    QUARANTINED_CHARACTERS,
+    READ_BUFFER_BYTES,
+    BadFileError,
+    Piece,
+    Rejected,
+    parquet_batches,
+    parquet_pieces,
+    text_pieces,
+)
 
 SUFFIXES = (".jsonl",)
 UNTYPED = "untyped"
 # Question and answer of a record, then of an exchange of its history, under the names in use.
 QUESTION_KEYS = ("q", "question", "query", "prompt", "user", "human")
 ANSWER_KEYS = ("a", "answer", "response", "assistant", "gpt", "bot")
+MESSAGE_COLUMNS = ("messages", "conversations")
+# All that `from_record` looks at.
+RECORD_COLUMNS = (
+    *MESSAGE_COLUMNS,
+    *("system", "system_prompt", "tools", "functions", "type"),
+    *("instruction", "input", "output", "history"),
+    *QUESTION_KEYS,
+    *ANSWER_KEYS,
+)
 SHAREGPT_ROLES = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT}
 
 
@@ -60,11 +82,130 @@ def read_lines(file: Path, start: int, stop: int) -> Iterator[tuple[int, Found |
             _skip_line(lines)
         while (place := lines.tell()) < stop:
             line = lines.readline(MAX_LINE_BYTES)
+            if not line:  # cut off while it is read, which the caller says
+                return
             if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
                 _skip_line(lines)
                 yield place, _rejected("too_long_line", place, line)
             else:
                 yield place, parse_line(line, place)
+
+
+def check_conversation_file(file: Path) -> None:
+    """Raise BadFileError for a file of something else, by its columns or its first record."""
+    if not file.stat().st_size:
+        raise BadFileError(str(file), f"{file} is empty (0 bytes)")
+    if file.suffix == ".jsonl":
+        record = _first_record(file)
+        if not _may_be_conversation(list(record)):
+            raise _no_conversations(file, "fields", list(record))
+        return
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(
+            str(file),
+            f"{file} is not a readable parquet file, cut off perhaps "
+            f"({' '.join(str(error).split())})",
+        ) from error
+    if "token_ids" in schema.names:
+        raise BadFileError(
+            str(file),
+            f"{file} holds ready-made tokens, which are a source of their own and read from local "
+            "files",
+        )
+    if not _may_be_conversation(schema.names):
+        raise _no_conversations(file, "columns", schema.names)
+    for name in set(MESSAGE_COLUMNS) & set(schema.names):
+        kind = schema.field(name).type
+        if not (_is_list(kind) and pa.types.is_struct(kind.value_type)):
+            raise BadFileError(str(file), f"column {name} of {file} is {kind}, not a list of turns")
+
+
+def conversation_pieces(file: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
+    """Cut a file into equal pieces of about at most so many conversations and bytes."""
+    if file.suffix == ".jsonl":
+        return text_pieces(file, max_documents=max_documents, max_bytes=max_bytes)
+    return parquet_pieces(file, RECORD_COLUMNS, max_documents=max_documents, max_bytes=max_bytes)
+
+
+def read_conversations(piece: Piece) -> Iterator[Found | Rejected]:
+    """Yield every line or row of a piece as a conversation or as its rejection."""
+    if piece.file.suffix == ".jsonl":
+        for _, line in read_lines(piece.file, piece.start, piece.stop):
+            yield line
+        return
+    row = piece.start
+    try:
+        columns = [name for name in pq.read_schema(piece.file).names if name in RECORD_COLUMNS]
+        for batch in parquet_batches(piece, columns):
+            for record in _records(batch):
+                yield _from_row(record, f"row {row}")
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(
+            str(piece.file), f"{piece.file} is damaged ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a batch, None for one that is not UTF-8, which Arrow does not check."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # before the first row: the batch is converted as a whole
+        for row in range(batch.num_rows):
+            try:
+                (record,) = batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError:
+                record = None
+            yield record
+
+
+def _from_row(record: dict[str, Any] | None, place: str) -> Found | Rejected:
+    if record is None:
+        return Rejected("not_utf8", place)
+    # A column has a value in every row: what jsonl would leave out is null.
+    record = {name: value for name, value in record.items() if value is not None}
+    for name in MESSAGE_COLUMNS:
+        if name in record:
+            record[name] = [
+                turn and {key: value for key, value in turn.items() if value is not None}
+                for turn in record[name]
+            ]
+    found = from_record(record)
+    if isinstance(found, str):
+        return Rejected(found, place, repr(record)[:QUARANTINED_CHARACTERS])
+    return found
+
+
+def _first_record(file: Path) -> dict[str, Any]:
+    """Return the first line that is a JSON object; single bad lines are counted, not fatal."""
+    with file.open("rb") as lines:
+        while line := lines.readline(MAX_LINE_BYTES):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                return record
+    raise BadFileError(str(file), f"{file} has no line that is a JSON object")
+
+
+def _may_be_conversation(names: list[str]) -> bool:
+    pair = any(key in names for key in QUESTION_KEYS) and any(key in names for key in ANSWER_KEYS)
+    return pair or any(name in names for name in (*MESSAGE_COLUMNS, "output"))
+
+
+def _no_conversations(file: Path, what: str, names: list[str]) -> BadFileError:
+    return BadFileError(
+        str(file),
+        f"{file} holds no conversations: it has the {what} {', '.join(names)}; needed are "
+        "messages, conversations, or instruction, input and output",
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
 
 
 def parse_line(line: bytes, place: int = 0) -> Found | Rejected:

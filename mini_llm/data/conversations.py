@@ -60,6 +60,9 @@ class Encoded:
     input_ids: np.ndarray
     labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class Segment:

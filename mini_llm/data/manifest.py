@@ -9,12 +9,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .durable import complete_or_absent
 
+if TYPE_CHECKING:
+    from .sft_files import SftManifest
+
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+SFT_FORMAT = "mini-llm-sft-1"
 TRAIN = "train"
 VALIDATION = "validation"
 
@@ -113,6 +117,11 @@ def load_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--data: {path} is not valid JSON ({error}); prepare it again") from error
+    if isinstance(content, dict) and content.get("format") == SFT_FORMAT:
+        raise ValueError(
+            f"--data: {folder} holds packed conversations, not text for pretraining; train on it "
+            "with `./launch.sh sft`, or prepare text with data_tools/prepare_pretrain.py"
+        )
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -134,7 +143,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def check_manifest(
-    manifest: Manifest, *, name: str, tokenizer_fingerprint: str, seq_len: int
+    manifest: Manifest | SftManifest, *, name: str, tokenizer_fingerprint: str, seq_len: int
 ) -> None:
     """Raise ValueError, naming the flag, when the rows of data source `name` do not fit the run."""
     check_seq_len(manifest, name=name, seq_len=seq_len)
@@ -146,7 +155,7 @@ def check_manifest(
         )
 
 
-def check_seq_len(manifest: Manifest, *, name: str, seq_len: int) -> None:
+def check_seq_len(manifest: Manifest | SftManifest, *, name: str, seq_len: int) -> None:
     """Raise ValueError when the rows of data source `name` are not `seq_len` tokens long."""
     if manifest.seq_len != seq_len:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Prepared folders as sources of the stream: any row by its number, in another order every epoch.
+"""Packed rows on disk as sources of the stream: any row by its number, every epoch in a new order.
+
+The rows are those of a prepared folder, of text or of conversations, or of ready-made files
+(`ready_made.py`).
 
 A shard is checked before its first row is used: that it is there with the manifest's size when the
 stream opens, its sha256 when it is first read, and that it is still the same file at every later
@@ -11,10 +14,10 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +29,11 @@ from .manifest import (
     VALIDATION,
     FileEntry,
     Manifest,
-    Split,
     check_manifest,
     check_seq_len,
     load_manifest,
 )
+from .sft_files import SftManifest, load_sft_manifest
 from .shard_cache import ShardCache, file_sha256, is_remote
 from .tokenizer import tokenizer_fingerprint
 
@@ -44,15 +47,37 @@ STEPS_AHEAD = 8
 
 
 class Row(TypedDict):
-    """A packed row: `input_ids` [seq_len] uint16 or uint32, `doc_lens` int32, and its source."""
+    """A packed row: `input_ids` [seq_len] uint16 or uint32, `doc_lens` int32, and its source.
+
+    Rows of conversations have a `loss_mask`, bool [seq_len]: whether a token is supervised.
+    """
 
     input_ids: np.ndarray
     doc_lens: np.ndarray
     source: str
+    loss_mask: NotRequired[np.ndarray]
+
+
+class PackedData(Protocol):
+    """Rows on disk with a number each: a `PreparedFolder` or `ReadyMadeFiles`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of what decides over the rows."""
+
+    @property
+    def location(self) -> str:
+        """The path or URL of --data."""
+
+    def check_fit(self, name: str, *, seq_len: int, tokenizer: str | Path | None) -> None:
+        """Raise ValueError, naming the flag, when the rows of data source `name` do not fit."""
+
+    def reader(self, split: str, *, rank: int = 0, world_size: int = 1) -> RowGroupReader:
+        """Return the rows of a split; all ranks together check the files that they read."""
 
 
 class PackedSource:
-    """One prepared folder, whose `train` rows are addressed by an ordinal 0, 1, 2, … without end.
+    """The `train` rows of packed data, addressed by an ordinal 0, 1, 2, … without end.
 
     Every epoch visits each row once: files in an order drawn from (seed, name, epoch), the row
     groups of a file likewise, the rows of a group as they are on disk, where the preparation has
@@ -62,7 +87,7 @@ class PackedSource:
     def __init__(
         self,
         name: str,
-        location: str | Path,
+        data: PackedData,
         *,
         seq_len: int,
         seed: int,
@@ -70,17 +95,16 @@ class PackedSource:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        prepared = open_prepared(location)
-        prepared.check_fit(name, seq_len=seq_len, tokenizer=tokenizer)
-        manifest, split = prepared.manifest, prepared.manifest.splits[TRAIN]
-        if not split.rows:
-            raise ValueError(f"--data: {location} has no training rows; prepare it from more text")
+        data.check_fit(name, seq_len=seq_len, tokenizer=tokenizer)
         self.name = name
-        self.fingerprint = manifest.fingerprint
-        self._files = ShardFiles(prepared.folder, split, prepared.cache, rank, world_size)
-        self.reader = RowGroupReader(self._files, split, manifest.seq_len)
+        self.fingerprint = data.fingerprint
+        self.reader = data.reader(TRAIN, rank=rank, world_size=world_size)
+        self.rows = self.reader.rows
+        if not self.rows:
+            raise ValueError(
+                f"--data: {data.location} has no training rows; prepare it from more text"
+            )
         self._seed = seed
-        self._rows = split.rows
         self._epoch = -1
         self._order: list[int] = []
         self._starts: list[int] = []
@@ -97,24 +121,24 @@ class PackedSource:
 
     def read_ahead(self, ordinal: int, ordinals_per_step: int) -> None:
         """Fetch the next remote shard that the steps after `ordinal` need, in the background."""
-        if not self._files.remote:
+        if not self.reader.files.remote:
             return
         here = self.reader.entry_of(self._place(ordinal)[0])
         for step in range(1, STEPS_AHEAD + 1):
             # Beyond the epoch the order is another; the step that enters it asks again.
             ahead = ordinal + step * ordinals_per_step
-            if ahead // self._rows != ordinal // self._rows:
+            if ahead // self.rows != ordinal // self.rows:
                 return
             entry = self.reader.entry_of(self._place(ahead)[0])
             if entry != here:
-                self._files.fetch_in_background(entry)
+                self.reader.files.fetch_in_background(entry)
                 return
 
     def position(self) -> None:
         """Nothing: the ordinals are all there is to a packed source's place."""
 
     def _place(self, ordinal: int) -> tuple[int, int]:
-        epoch, position = divmod(ordinal, self._rows)
+        epoch, position = divmod(ordinal, self.rows)
         if epoch != self._epoch:
             self._order = self._order_of_epoch(epoch)
             rows = np.array([self.reader.unit_rows[unit] for unit in self._order])
@@ -146,20 +170,33 @@ def validation_rows(
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} does not lie in 0..world_size-1 (world_size {world_size})")
     name = str(folder).rstrip("/").rsplit("/", 1)[-1]
-    prepared = open_prepared(folder)
-    total = prepared.manifest.splits[VALIDATION].rows
-    total = total if max_rows is None else min(max_rows, total)
+    return slice_of_rows(open_prepared(folder), name, rank, world_size, max_rows)[1]
+
+
+def slice_of_rows(
+    data: PackedData, name: str, rank: int, world_size: int, max_rows: int | None
+) -> tuple[int, Iterator[Row]]:
+    """Return how many held-out rows all ranks read, and an iterator over this rank's of them."""
+    # Each rank hashes what it reads: the split is small.
+    reader = data.reader(VALIDATION)
+    total = reader.rows if max_rows is None else min(max_rows, reader.rows)
     first, end = rank * total // world_size, (rank + 1) * total // world_size
-    return prepared.held_out_rows(name, first, end)
+    return total, (reader.row_at(number, name) for number in range(first, end))
 
 
 @dataclass(frozen=True)
 class PreparedFolder:
     """A prepared folder: the local folder of its files, its manifest, its cache if it is remote."""
 
+    location: str
     folder: Path
-    manifest: Manifest
+    manifest: Manifest | SftManifest
     cache: ShardCache | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its manifest."""
+        return self.manifest.fingerprint
 
     def check_fit(self, name: str, *, seq_len: int, tokenizer: str | Path | None) -> None:
         """Raise ValueError, naming the flag, when the rows of data source `name` do not fit.
@@ -171,46 +208,61 @@ class PreparedFolder:
         fingerprint = tokenizer_fingerprint(tokenizer)
         check_manifest(self.manifest, name=name, tokenizer_fingerprint=fingerprint, seq_len=seq_len)
 
-    def held_out_rows(self, name: str, first: int, end: int) -> Iterator[Row]:
-        """Yield the held-out rows from `first` to before `end`; their source is `name`."""
-        split = self.manifest.splits[VALIDATION]
-        # Each rank hashes what it reads: the split is small.
-        files = ShardFiles(self.folder, split, self.cache, rank=0, world_size=1)
-        reader = RowGroupReader(files, split, self.manifest.seq_len)
-        for unit, start in enumerate(reader.unit_starts):
-            for row in range(max(first, start), min(end, start + reader.unit_rows[unit])):
-                yield reader.row(unit, row - start, name)
+    def reader(self, split: str, *, rank: int = 0, world_size: int = 1) -> RowGroupReader:
+        """Return the rows of a split; all ranks together check the files that they read."""
+        entries, rows = self.manifest.splits[split].files, self.manifest.splits[split].rows
+        files = ShardFiles(self.folder, entries, self.cache, rank, world_size)
+        reader = RowGroupReader(
+            files, self.manifest.seq_len, has_loss_mask=isinstance(self.manifest, SftManifest)
+        )
+        if reader.rows != rows:
+            raise ValueError(
+                f"--data: the row groups in the manifest of {self.folder} hold {reader.rows} rows, "
+                f"not {rows}; prepare the folder again"
+            )
+        return reader
 
 
-def open_prepared(location: str | Path) -> PreparedFolder:
-    """Read the manifest of a prepared folder or of its URL.
+def open_prepared(location: str | Path, *, of_conversations: bool = False) -> PreparedFolder:
+    """Read the manifest of a prepared folder, or of its URL: of text or of conversations.
 
     A remote one is fetched each time, because it says which files there are valid.
     """
-    if not is_remote(location):
-        return PreparedFolder(Path(location), load_manifest(location), None)
-    cache = ShardCache(str(location))
-    cache.fetch(MANIFEST_NAME, refresh=True)
-    return PreparedFolder(cache.folder, load_manifest(cache.folder), cache)
+    folder, cache = Path(location), None
+    if is_remote(location):
+        cache = ShardCache(str(location))
+        cache.fetch(MANIFEST_NAME, refresh=True)
+        folder = cache.folder
+    manifest = load_sft_manifest(folder) if of_conversations else load_manifest(folder)
+    return PreparedFolder(str(location), folder, manifest, cache)
 
 
 class ShardFiles:
-    """The files of a split, fetched if they are remote; what is not the manifest's is refused."""
+    """Files of packed rows, fetched if they are remote.
+
+    What is not the file of its entry is refused; an entry without sha256 has only its size.
+    """
 
     def __init__(
-        self, folder: Path, split: Split, cache: ShardCache | None, rank: int, world_size: int
+        self,
+        folder: Path,
+        entries: Sequence[FileEntry],
+        cache: ShardCache | None,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.folder = folder
+        self.entries = entries
         self.remote = cache is not None
         self._cache = cache
         self._identities: dict[str, tuple[int, int, int]] = {}
         self._unverified: set[str] = set()
         groups = -(-world_size // HASHING_RANKS)
-        for index, entry in enumerate(split.files):
+        for index, entry in enumerate(entries):
             if cache is not None:  # which checks what it fetches and what it has
                 continue
             self._identities[entry.file] = _checked_identity(folder / entry.file, entry)
-            if index % groups == rank // HASHING_RANKS:
+            if entry.sha256 and index % groups == rank // HASHING_RANKS:
                 self._unverified.add(entry.file)
 
     def path(self, entry: FileEntry) -> Path:
@@ -223,12 +275,11 @@ class ShardFiles:
             identity = file_identity(path)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"--data: {path} was deleted during the run; put it back or prepare the folder "
-                "again, and resume"
+                f"--data: {path} was deleted during the run; put it back and resume"
             ) from None
         if identity != self._identities[entry.file]:
             raise ValueError(
-                f"--data: {path} was replaced during the run; put back the file of its manifest, "
+                f"--data: {path} was replaced during the run; put back the file that was there, "
                 "or start a new run with another --output_dir"
             )
         if entry.file in self._unverified:
@@ -269,53 +320,59 @@ def _checked_identity(path: Path, entry: FileEntry) -> tuple[int, int, int]:
 
 
 class RowGroupReader:
-    """Random access to the rows of a split by unit, which is one row group of one file.
+    """Random access to rows by unit, which is one row group of one file.
 
-    Units are numbered in manifest order; `unit_rows`, `unit_starts` and `unit_files` are their
-    sizes, first rows and files. `rows_decoded` counts what was read. Raises FileNotFoundError or
-    ValueError when the files are not those of the manifest.
+    Units are numbered in the order of the files; `unit_rows` and `unit_files` are their sizes and
+    files, `rows` is the sum. `rows_decoded` counts what was read. Raises FileNotFoundError or
+    ValueError when the files are not those of their entries.
     """
 
-    def __init__(self, files: ShardFiles, split: Split, seq_len: int) -> None:
-        self._files = files
-        self._seq_len = seq_len
-        self._units: list[tuple[FileEntry, int]] = []
+    def __init__(self, files: ShardFiles, seq_len: int, *, has_loss_mask: bool) -> None:
+        self.files = files
+        self.units: list[tuple[FileEntry, int]] = []
         self.unit_rows: list[int] = []
         self.unit_files: list[int] = []
-        for index, entry in enumerate(split.files):
+        for index, entry in enumerate(files.entries):
             for row_group, rows in enumerate(entry.row_groups):
                 if rows:  # datasets makes a shard of an empty row group but no table
-                    self._units.append((entry, row_group))
+                    self.units.append((entry, row_group))
                     self.unit_rows.append(rows)
                     self.unit_files.append(index)
-        self.unit_starts: list[int] = [0, *np.cumsum(self.unit_rows).tolist()[:-1]]
-        if sum(self.unit_rows) != split.rows:
-            raise ValueError(
-                f"--data: the row groups in the manifest of {files.folder} hold "
-                f"{sum(self.unit_rows)} rows, not {split.rows}; prepare the folder again"
-            )
         self.rows_decoded = 0
-        self._decoded: OrderedDict[int, _RowGroup] = OrderedDict()
+        self._seq_len = seq_len
+        self._columns = ["input_ids", "doc_lens", *(["loss_mask"] if has_loss_mask else [])]
+        self._decoded: OrderedDict[int, RowGroup] = OrderedDict()
         self._open_files: OrderedDict[str, Any] = OrderedDict()
+
+    @property
+    def rows(self) -> int:
+        """Of all units."""
+        return sum(self.unit_rows)
 
     def entry_of(self, unit: int) -> FileEntry:
         """Return the file of a unit."""
-        return self._units[unit][0]
+        return self.units[unit][0]
+
+    def row_at(self, number: int, source: str) -> Row:
+        """Return the row with this number in the order of the units."""
+        ends = np.cumsum(self.unit_rows)
+        unit = int(np.searchsorted(ends, number, side="right"))
+        return self.row(unit, number - int(ends[unit]) + self.unit_rows[unit], source)
 
     def row(self, unit: int, index: int, source: str) -> Row:
-        """Return row `index` of a unit as views of the decoded Arrow buffers."""
+        """Return row `index` of a unit as views of the decoded buffers."""
         if unit not in self._decoded:
-            self._decoded[unit] = self._decode(unit)
+            self._decoded[unit] = self.decode(unit)
+            self.rows_decoded += self.unit_rows[unit]
             if len(self._decoded) > CACHED_ROW_GROUPS:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(unit)
-        group = self._decoded[unit]
-        doc_lens = group.doc_lens[group.doc_offsets[index] : group.doc_offsets[index + 1]]
-        return Row(input_ids=group.input_ids[index], doc_lens=doc_lens, source=source)
+        return self._decoded[unit].row(index, source)
 
-    def _decode(self, unit: int) -> _RowGroup:
-        entry, row_group = self._units[unit]
-        path = self._files.path(entry)
+    def decode(self, unit: int) -> RowGroup:
+        """Read a unit."""
+        entry, row_group = self.units[unit]
+        path = self.files.path(entry)
         shards = self._row_groups_of(entry, path)
         shard = shards.shard(num_shards=shards.num_shards, index=row_group)
         table = pa.concat_tables(list(shard.iter(batch_size=self.unit_rows[unit])))
@@ -324,21 +381,25 @@ class RowGroupReader:
                 f"--data: row group {row_group} of {path} has {table.num_rows} rows, the manifest "
                 f"says {self.unit_rows[unit]}; the file was changed: prepare the folder again"
             )
-        self.rows_decoded += table.num_rows
         input_ids = table.column("input_ids").combine_chunks()
         doc_lens = table.column("doc_lens").combine_chunks()
         offsets = doc_lens.offsets.to_numpy()
-        return _RowGroup(
+        loss_mask = None
+        if "loss_mask" in self._columns:
+            bits = table.column("loss_mask").combine_chunks().flatten()
+            loss_mask = bits.to_numpy(zero_copy_only=False).reshape(-1, self._seq_len)
+        return RowGroup(
             input_ids.flatten().to_numpy(zero_copy_only=True).reshape(-1, self._seq_len),
             doc_lens.flatten().to_numpy(zero_copy_only=True),
             (offsets - offsets[0]).tolist(),
+            loss_mask,
         )
 
     def _row_groups_of(self, entry: FileEntry, path: Path) -> Any:
         """Return a streaming dataset of one file in which every row group is a shard."""
         if entry.file not in self._open_files:
             # Not load_dataset, which asks the name server for the hub's address at every call.
-            shards = IterableDataset.from_parquet(str(path), columns=["input_ids", "doc_lens"])
+            shards = IterableDataset.from_parquet(str(path), columns=self._columns)
             # One shard per row group instead of one per file.
             shards = shards.reshard().with_format("arrow")
             if shards.num_shards != len(entry.row_groups):
@@ -354,7 +415,21 @@ class RowGroupReader:
 
 
 @dataclass(frozen=True)
-class _RowGroup:
+class RowGroup:
+    """Decoded rows. `faults` has the error of a row that does not hold together, by its index."""
+
     input_ids: np.ndarray  # [rows, seq_len]
     doc_lens: np.ndarray  # [documents of all rows]
     doc_offsets: list[int]  # [rows + 1]
+    loss_mask: np.ndarray | None  # [rows, seq_len]
+    faults: dict[int, ValueError] = field(default_factory=dict)
+
+    def row(self, index: int, source: str) -> Row:
+        """Return a row as views; ValueError for one that does not hold together."""
+        if index in self.faults:
+            raise self.faults[index]
+        doc_lens = self.doc_lens[self.doc_offsets[index] : self.doc_offsets[index + 1]]
+        row = Row(input_ids=self.input_ids[index], doc_lens=doc_lens, source=source)
+        if self.loss_mask is not None:
+            row["loss_mask"] = self.loss_mask[index]
+        return row

@@ -1,4 +1,7 @@
-"""The quickstart's data: corpus → tokenizer → packed rows, built once, by the tools anyone runs."""
+"""The quickstart's data: corpus → tokenizer → packed rows and packed conversations.
+
+Built once, by the tools that anyone runs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .manifest import MANIFEST_NAME
@@ -32,15 +37,7 @@ def build_quickstart_data(folder: str | Path) -> None:
     corpus, tokenizer, packed = folder / "corpus", folder / "tokenizer", folder / "packed"
     if (packed / MANIFEST_NAME).exists() and (tokenizer / DONE_NAME).exists():
         return
-    tools = Path(__file__).resolve().parents[2] / "data_tools"
-    if not tools.is_dir():
-        raise FileNotFoundError(
-            f"the quickstart's data is built by the tools in {tools}, which is not there; run from "
-            "a clone of the repository (pip install -e .) or give --data"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _only_builder(folder) as tools:
         if (packed / MANIFEST_NAME).exists() and (tokenizer / DONE_NAME).exists():
             return  # another process built it while this one waited
         _run_stage(
@@ -72,6 +69,46 @@ def build_quickstart_data(folder: str | Path) -> None:
         )
 
 
+def build_quickstart_conversations(folder: str | Path) -> None:
+    """Build `folder`/packed_sft from the corpus's conversations, as `build_quickstart_data` does.
+
+    What that one builds is built first.
+    """
+    build_quickstart_data(folder)
+    folder = Path(folder)
+    packed = folder / "packed_sft"
+    if (packed / MANIFEST_NAME).exists():
+        return
+    with _only_builder(folder) as tools:
+        _run_stage(
+            tools / "prepare_sft.py",
+            [
+                f"--input={folder / 'corpus' / 'sft'}",
+                f"--tokenizer={folder / 'tokenizer'}",
+                f"--output_dir={packed}",
+                f"--seq_len={SEQ_LEN}",
+                "--self_awareness=0",  # they speak of a larger model
+                "--row_group_rows=32",
+            ],
+            done=packed / MANIFEST_NAME,
+        )
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[Path]:
+    """Hold the folder's lock, and give the folder of the tools; FileNotFoundError without them."""
+    tools = Path(__file__).resolve().parents[2] / "data_tools"
+    if not tools.is_dir():
+        raise FileNotFoundError(
+            f"the quickstart's data is built by the tools in {tools}, which is not there; run from "
+            "a clone of the repository (pip install -e .) or give --data"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tools
+
+
 def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
     """Run a tool unless `done` exists, create `done` after it, and print one line."""
     if done.exists():
@@ -96,4 +133,4 @@ def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
 
 
 if __name__ == "__main__":
-    build_quickstart_data(sys.argv[1])
+    build_quickstart_conversations(sys.argv[1])

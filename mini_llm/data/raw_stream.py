@@ -1,24 +1,26 @@
-"""Raw text as a source of the stream: read, tokenised and packed while training.
+"""Raw data as a source of the stream: read, tokenised and packed while training.
 
-Files (FineWeb parquet, DeepCtrl jsonl) → pieces → a window of about a thousand documents → rows.
-Nothing passes from one window to the next, so a rank's place is where its window begins and how
-many of the window's rows were taken: to resume, the window is read, tokenised and packed again.
+Files (FineWeb parquet, DeepCtrl jsonl, conversations) → pieces → a window of about a thousand
+documents → rows. What a document is, its `DocumentFormat` says: text here, conversations in
+`raw_conversations.py`. Nothing passes from one window to the next, so a rank's place is where its
+window begins and how many of the window's rows were taken: to resume, the window is read, tokenised
+and packed again.
 
 Every document of an epoch goes to exactly one rank. Where there are `FILES_PER_RANK` files for each
 rank, a rank reads whole files; else every file is cut into pieces for all ranks, so that one file
 is enough for any number of ranks. The order of the files is another in every epoch. The documents
-that `prepare_pretrain.py` would hold out for validation, by the same hash, are left out.
+that the preparation would hold out for validation, by the same hash, are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -47,16 +49,55 @@ WINDOW_DOCUMENTS = 1024
 WINDOW_BYTES = 8 << 20
 FILES_PER_RANK = 16
 HELD_OUT_FRACTION = 0.005
+PREPARE_TEXT = "data_tools/prepare_pretrain.py"
+
+
+class DocumentFormat(Protocol):
+    """What raw files hold, and how it becomes rows.
+
+    `noun` and `preparation` are its name and its tool in messages, `fingerprint` is of all that
+    decides over the tokens. A document and an encoded document are whatever the format makes them;
+    the latter has a length in tokens.
+    """
+
+    noun: str
+    preparation: str
+    fingerprint: str
+    held_out_fraction: float
+
+    def pieces(self, path: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
+        """Cut a file into pieces of about at most so many documents and bytes."""
+
+    def read(self, piece: Piece) -> Iterator[Any | Rejected]:
+        """Yield the documents of a piece; BadFileError for a file that cannot be read."""
+
+    def num_bytes(self, document: Any) -> int:
+        """Return the bytes of a document's text."""
+
+    def is_held_out(self, document: Any) -> bool:
+        """Whether a document is for validation, by a hash of its text."""
+
+    def encode(self, document: Any) -> Any | Rejected:
+        """Return a document's tokens."""
+
+    def pack(self, encoded: Sequence[Any], source: str) -> list[Row]:
+        """Return encoded documents, at least one, as rows in a fixed order."""
 
 
 class RawFile:
-    """A text file, local or remote; `name` is its path or URL, `size` its bytes where known."""
+    """A raw file, local or remote; `name` is its path or URL, `size` its bytes where known.
 
-    def __init__(self, name: str, size: int | None = None) -> None:
+    `check` raises BadFileError for a file of another format.
+    """
+
+    def __init__(
+        self, name: str, size: int | None = None, check: Callable[[Path], Any] = check_text_file
+    ) -> None:
         if not name.endswith(TEXT_SUFFIXES):
             raise ValueError(f"--data: {name} is neither {' nor '.join(TEXT_SUFFIXES)}")
         self.name = name
         self.size = size
+        self._check = check
         self._identity: tuple[int, int, int] | None = None
         self._checked = False
         self._cache: ShardCache | None = None
@@ -72,7 +113,7 @@ class RawFile:
             self.size = self._identity[0]
 
     def path(self) -> Path:
-        """Return the local path, fetched if remote; it is the same file each time and has text."""
+        """Return the local path, fetched if remote; it is the same file each time and checked."""
         if self._identity is None:
             assert self._cache is not None
             self._cache.fetch(self._file, size=self.size)
@@ -90,7 +131,7 @@ class RawFile:
             )
         if not self._checked:
             try:
-                check_text_file(self._path)
+                self._check(self._path)
             except BadFileError as error:
                 raise self.refused(error) from error
             self._checked = True
@@ -107,20 +148,32 @@ class RawFile:
             self._cache.fetch_in_background(self._file, size=self.size, sha256=None)
 
 
-def find_raw_files(location: Location) -> list[RawFile] | None:
-    """Return the text files at a path of --data, None where it is a prepared folder.
+def find_raw_files(
+    location: Location,
+    *,
+    check: Callable[[Path], Any] = check_text_file,
+    preparation: str = PREPARE_TEXT,
+) -> list[RawFile] | None:
+    """Return the raw files at a path of --data, None where it is a prepared folder.
 
     A list names the files; a folder or `hf://` folder without a manifest is searched for them.
+    `check` is theirs, `preparation` the tool that makes prepared folders of them.
     """
     if isinstance(location, list):
-        return [RawFile(name) for name in location]
-    if location.endswith(TEXT_SUFFIXES) and not Path(location).is_dir():
-        return [RawFile(location)]
+        return [RawFile(name, check=check) for name in location]
+    if (location.endswith(TEXT_SUFFIXES) and not Path(location).is_dir()) or (
+        Path(location).is_file()
+    ):
+        return [RawFile(location, check=check)]
     if location.startswith("hf://"):
         listed = list_hub_files(location)
         if f"{location.rstrip('/')}/{MANIFEST_NAME}" in listed:
             return None
-        files = [RawFile(n, size) for n, size in listed.items() if n.endswith(TEXT_SUFFIXES)]
+        files = [
+            RawFile(name, size, check)
+            for name, size in listed.items()
+            if name.endswith(TEXT_SUFFIXES)
+        ]
         if not files:
             raise FileNotFoundError(
                 f"--data: {location} has no {MANIFEST_NAME} and no {' or '.join(TEXT_SUFFIXES)} "
@@ -129,17 +182,21 @@ def find_raw_files(location: Location) -> list[RawFile] | None:
         return files
     if is_remote(location) or (Path(location) / MANIFEST_NAME).exists():
         return None
-    paths = sorted(p for p in Path(location).rglob("*") if p.suffix in TEXT_SUFFIXES)
-    files = [RawFile(str(path)) for path in paths if path.is_file()]
+    files = [RawFile(str(path), check=check) for path in raw_files_below(Path(location))]
     if files:
         try:
             files[0].path()
         except ValueError as error:
             raise ValueError(
                 f"{error}; or, if {location} is a prepared folder, it has no {MANIFEST_NAME} "
-                "because its preparation did not finish: run data_tools/prepare_pretrain.py again"
+                f"because its preparation did not finish: run {preparation} again"
             ) from error
     return files or None
+
+
+def raw_files_below(folder: Path) -> list[Path]:
+    """Return the files of a folder that may hold raw data, by their suffix, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
 
 
 class RawSource:
@@ -149,21 +206,21 @@ class RawSource:
         self,
         name: str,
         files: Sequence[RawFile],
+        documents: DocumentFormat,
         *,
         seq_len: int,
         seed: int,
-        tokenizer: str | Path | None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.name = name
+        self.documents = documents
         self.rows_decoded = 0
         self._files = files
         self._seq_len = seq_len
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._encoder = _Encoder(name, tokenizer)
         self.fingerprint = self._fingerprint()
         self._whole_files = len(files) >= FILES_PER_RANK * world_size
         self._window = _Window.empty(_Start(0, 0, 0))
@@ -211,8 +268,10 @@ class RawSource:
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        digest.update(f"{self._encoder.fingerprint}/{self._seq_len}".encode())
-        digest.update(f"/{WINDOW_DOCUMENTS}/{WINDOW_BYTES}/{HELD_OUT_FRACTION}\n".encode())
+        documents = self.documents
+        digest.update(f"{documents.fingerprint}/{self._seq_len}".encode())
+        digest.update(f"/{WINDOW_DOCUMENTS}/{WINDOW_BYTES}/".encode())
+        digest.update(f"{documents.held_out_fraction}\n".encode())
         for file in self._files:
             # Not the folder: data may be moved between machines.
             digest.update(f"{file.name.rsplit('/', 1)[-1]} {file.size}\n".encode())
@@ -220,39 +279,48 @@ class RawSource:
 
     def _next_window(self, start: _Start) -> _Window:
         """Return the first window with a row that begins at `start` or later."""
-        epochs_ended = 0
-        while epochs_ended < 2:
+        first_epoch = start.epoch
+        reasons: Counter[str] = Counter()
+        while start.epoch < first_epoch + 2:
             window = self._read_window(start)
             self._rejected += window.rejected
             if window.rows:
                 return window
-            epochs_ended += window.end.epoch - start.epoch
+            if start.epoch == first_epoch:
+                reasons += window.rejected
             start = window.end
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise ValueError(
             f"--data: the {len(self._files)} files of '{self.name}' hold no document for rank "
-            f"{self._rank} of {self._world_size}; give more text or fewer ranks"
+            f"{self._rank} of {self._world_size}; give more {self.documents.noun} or fewer ranks"
+            + (f" (left out: {counts})" if counts else "")
         )
 
     def _read_window(self, start: _Start) -> _Window:
-        documents: list[str] = []
-        num_bytes = 0
+        encoded: list[Any] = []
+        documents = num_bytes = 0
         rejected: Counter[str] = Counter()
         names: list[str] = []
         end = _Start(start.epoch + 1, 0, 0)  # unless the window is full before the epoch ends
         for file, piece, after in self._pieces_from(start):
             if file.name not in names:
                 names.append(file.name)
-            for document in _documents(file, piece):
+            for document in _documents(self.documents, file, piece):
                 if isinstance(document, Rejected):
                     rejected[document.reason] += 1
-                elif not _is_held_out(document):
-                    documents.append(document.text)
-                    num_bytes += len(document.text.encode())
-            if len(documents) >= WINDOW_DOCUMENTS or num_bytes >= WINDOW_BYTES:
+                elif not self.documents.is_held_out(document):
+                    tokens = self.documents.encode(document)
+                    if isinstance(tokens, Rejected):
+                        rejected[tokens.reason] += 1
+                    else:
+                        encoded.append(tokens)
+                    documents += 1
+                    num_bytes += self.documents.num_bytes(document)
+            if documents >= WINDOW_DOCUMENTS or num_bytes >= WINDOW_BYTES:
                 end = after
                 break
         key = f"{self._seed}/{self.name}/{self._rank}/{start}"
-        rows = self._encoder.packed_rows(documents, self._seq_len, key)
+        rows = _shuffled_rows(self.documents, encoded, self.name, key)
         check = hashlib.sha256()
         for row in rows:
             check.update(row["input_ids"].tobytes())
@@ -284,7 +352,9 @@ class RawSource:
 
     def _pieces_of(self, file: RawFile, path: Path, place: int) -> list[Piece]:
         try:
-            pieces = text_pieces(path, max_documents=WINDOW_DOCUMENTS, max_bytes=WINDOW_BYTES)
+            pieces = self.documents.pieces(
+                path, max_documents=WINDOW_DOCUMENTS, max_bytes=WINDOW_BYTES
+            )
         except BadFileError as error:
             raise file.refused(error) from error
         if self._whole_files or self._world_size == 1 or not pieces:
@@ -301,83 +371,120 @@ class RawSource:
 def held_out_rows(
     name: str,
     files: Sequence[RawFile],
+    documents: DocumentFormat,
     *,
     seq_len: int,
     max_rows: int | None,
-    tokenizer: str | Path | None,
 ) -> list[Row]:
     """Return at most `max_rows` packed rows of the held-out documents, from the first files on.
 
-    One document in 200 is held out, so this reads about 200 times the text it returns.
+    One document in 200 (text) or 100 (conversations) is held out, so this reads as many times the
+    text it returns.
     """
     if not max_rows:
         raise ValueError(
             f"--max_eval_rows: the raw data '{name}' needs a limit, because its held-out documents "
             "are spread over all its files"
         )
-    encoder = _Encoder(name, tokenizer)
-    documents = [
-        document.text for document in _held_out_documents(files, encoder, tokens=max_rows * seq_len)
-    ]
-    return encoder.packed_rows(documents, seq_len, f"{name}/validation")[:max_rows]
+    encoded = list(_held_out_documents(files, documents, tokens=max_rows * seq_len))
+    return _shuffled_rows(documents, encoded, name, f"{name}/validation")[:max_rows]
 
 
 def _held_out_documents(
-    files: Sequence[RawFile], encoder: _Encoder, *, tokens: int
-) -> Iterator[Document]:
+    files: Sequence[RawFile], documents: DocumentFormat, *, tokens: int
+) -> Iterator[Any]:
     found = 0
     for file in files:
-        pieces = text_pieces(file.path(), max_documents=WINDOW_DOCUMENTS, max_bytes=WINDOW_BYTES)
+        pieces = documents.pieces(
+            file.path(), max_documents=WINDOW_DOCUMENTS, max_bytes=WINDOW_BYTES
+        )
         for piece in pieces:
-            for document in _documents(file, piece):
-                if isinstance(document, Document) and _is_held_out(document):
-                    yield document
-                    found += len(encoder.encode(document.text)) + 1
-                    if found >= tokens:
-                        return
+            for document in _documents(documents, file, piece):
+                if isinstance(document, Rejected) or not documents.is_held_out(document):
+                    continue
+                encoded = documents.encode(document)
+                if isinstance(encoded, Rejected):
+                    continue
+                yield encoded
+                found += len(encoded)
+                if found >= tokens:
+                    return
 
 
-def _documents(file: RawFile, piece: Piece) -> Iterator[Document | Rejected]:
+def _documents(documents: DocumentFormat, file: RawFile, piece: Piece) -> Iterator[Any | Rejected]:
     try:
-        yield from read_piece(piece)
+        yield from documents.read(piece)
     except BadFileError as error:
         file.path()  # a file that was replaced is called replaced, not damaged
         raise file.refused(error) from error
     file.path()
 
 
-def _is_held_out(document: Document) -> bool:
+def _shuffled_rows(
+    documents: DocumentFormat, encoded: Sequence[Any], source: str, key: str
+) -> list[Row]:
+    """Return encoded documents as rows in an order drawn from `key`."""
+    if not encoded:
+        return []
+    rows = documents.pack(encoded, source)
+    # Best fit puts long documents first.
+    order = np.argsort(random_keys(len(rows), key), kind="stable").tolist()
+    return [rows[row] for row in order]
+
+
+def is_held_out(document: Document) -> bool:
+    """Whether prepare_pretrain.py would hold a text out for validation."""
     digest = hashlib.sha256(document.text.encode()).digest()
     return int.from_bytes(digest[:8]) < int(HELD_OUT_FRACTION * 2**64)
 
 
-class _Encoder:
-    """The texts of a source to packed rows."""
+class TextDocuments:
+    """The texts of a source: a document ends with the end token, one longer than a row is cut."""
 
-    def __init__(self, name: str, tokenizer: str | Path | None) -> None:
+    noun = "text"
+    preparation = PREPARE_TEXT
+
+    def __init__(self, name: str, tokenizer: str | Path | None, seq_len: int) -> None:
         if tokenizer is None:
             raise ValueError(f"--tokenizer: the raw data '{name}' needs one to be tokenised with")
-        self._name = name
         self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.held_out_fraction = HELD_OUT_FRACTION
         slow = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
         end = slow.token_to_id(END_OF_TEXT)
         if end is None:
             raise ValueError(f"--tokenizer: {tokenizer} has no {END_OF_TEXT} to end documents with")
         self._end = end
         self._dtype = np.dtype(np.uint16 if slow.get_vocab_size() <= 1 << 16 else np.uint32)
-        self.encode = encode_function(tokenizer)
+        self._encode_text = encode_function(tokenizer)
+        self._seq_len = seq_len
 
-    def packed_rows(self, documents: Sequence[str], seq_len: int, key: str) -> list[Row]:
-        """Return the documents as rows in an order drawn from `key`."""
-        if not documents:
-            return []
-        ids = [np.append(self.encode(text), self._end).astype(self._dtype) for text in documents]
-        packed = pack_documents(np.concatenate(ids), np.array([len(i) for i in ids]), seq_len)
-        # Best fit puts long documents first.
-        order = np.argsort(random_keys(packed.stats.rows, key), kind="stable").tolist()
+    def pieces(self, path: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
+        """Cut a file into pieces of about at most so many documents and bytes."""
+        return text_pieces(path, max_documents=max_documents, max_bytes=max_bytes)
+
+    def read(self, piece: Piece) -> Iterator[Document | Rejected]:
+        """Yield the documents of a piece."""
+        return read_piece(piece)
+
+    def num_bytes(self, document: Document) -> int:
+        """Return the bytes of a document's text."""
+        return len(document.text.encode())
+
+    def is_held_out(self, document: Document) -> bool:
+        """Whether a document is for validation."""
+        return is_held_out(document)
+
+    def encode(self, document: Document) -> np.ndarray:
+        """Return a document's ids, with the end token."""
+        return np.append(self._encode_text(document.text), self._end).astype(self._dtype)
+
+    def pack(self, encoded: Sequence[np.ndarray], source: str) -> list[Row]:
+        """Return encoded documents as rows."""
+        lengths = np.array([len(ids) for ids in encoded])
+        packed = pack_documents(np.concatenate(encoded), lengths, self._seq_len)
         return [
-            Row(input_ids=packed.input_ids[row], doc_lens=packed.doc_lens[row], source=self._name)
-            for row in order
+            Row(input_ids=ids, doc_lens=doc_lens, source=source)
+            for ids, doc_lens in zip(packed.input_ids, packed.doc_lens, strict=True)
         ]
 
 

@@ -8,6 +8,8 @@ a contiguous slice of each step's rows and decodes only the row groups under its
 A raw source (`raw_stream.py`) has no rows that could be numbered before they are packed: its place
 in the mixture is the same, its rows are the next ones of the rank, and a stream that has one goes
 on with as many ranks as it began with.
+
+What stands at a path of --data, `open_data` says: text here, conversations in `sft_stream.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +19,30 @@ import queue
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, isfinite, lcm
 from pathlib import Path
 from typing import Any
 
-from .manifest import VALIDATION
-from .packed_stream import PackedSource, Row, open_prepared, validation_rows
-from .raw_stream import Location, RawSource, find_raw_files, held_out_rows
+from .packed_stream import (
+    PackedData,
+    PackedSource,
+    Row,
+    open_prepared,
+    slice_of_rows,
+    validation_rows,
+)
+from .raw_stream import (
+    DocumentFormat,
+    Location,
+    RawFile,
+    RawSource,
+    TextDocuments,
+    find_raw_files,
+    held_out_rows,
+)
 
 __all__ = [
     "HeldOut",
@@ -43,6 +59,25 @@ ROWS_PER_CHUNK = 64
 PREFETCHED_CHUNKS = 4
 
 Source = PackedSource | RawSource
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Raw files and what they hold."""
+
+    files: Sequence[RawFile]
+    documents: DocumentFormat
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A source in the mapping of --data; `config` and `split` are those of a hub data set."""
+
+    name: str
+    location: Location
+    weight: float
+    config: str | None = None
+    split: str | None = None
 
 
 def open_stream(
@@ -67,6 +102,44 @@ def open_stream(
     `prefetch` reads ahead in one thread. Raises ValueError or FileNotFoundError, naming the flag,
     for data that is missing or does not fit.
     """
+
+    def open_data(entry: Entry) -> PackedData | RawData:
+        return _open_text(entry, seq_len, tokenizer)
+
+    return stream_of(
+        parse_data(data),
+        open_data,
+        seq_len=seq_len,
+        seed=seed,
+        rows_per_step=rows_per_step,
+        rank=rank,
+        world_size=world_size,
+        prefetch=prefetch,
+        tokenizer=tokenizer,
+    )
+
+
+def _open_text(entry: Entry, seq_len: int, tokenizer: str | Path | None) -> PackedData | RawData:
+    files = find_raw_files(entry.location)
+    if files is not None:
+        return RawData(files, TextDocuments(entry.name, tokenizer, seq_len))
+    assert not isinstance(entry.location, list)
+    return open_prepared(entry.location)
+
+
+def stream_of(
+    entries: Sequence[Entry],
+    open_data: Callable[[Entry], PackedData | RawData],
+    *,
+    seq_len: int,
+    seed: int,
+    rows_per_step: int,
+    rank: int,
+    world_size: int,
+    prefetch: bool,
+    tokenizer: str | Path | None,
+) -> RowStream:
+    """Return the stream of `open_stream` over what `open_data` finds at every entry of --data."""
     _check_rank(rank, world_size)
     if rows_per_step < 1 or rows_per_step % world_size:
         raise ValueError(
@@ -74,23 +147,21 @@ def open_stream(
             f"{world_size} ranks cannot share evenly; give a multiple of {world_size * seq_len}"
         )
     sources: list[Source] = []
-    weights = {}
     # In the order of their names, so that the order of a YAML file changes nothing.
-    for name, location, weight in sorted(_parse_data(data), key=lambda entry: entry[0]):
+    entries = sorted(entries, key=lambda entry: entry.name)
+    for entry in entries:
+        found = open_data(entry)
         options: dict[str, Any] = {
             "seq_len": seq_len,
             "seed": seed,
-            "tokenizer": tokenizer,
             "rank": rank,
             "world_size": world_size,
         }
-        raw_files = find_raw_files(location)
-        if raw_files is not None:
-            sources.append(RawSource(name, raw_files, **options))
+        if isinstance(found, RawData):
+            sources.append(RawSource(entry.name, found.files, found.documents, **options))
         else:
-            assert not isinstance(location, list)
-            sources.append(PackedSource(name, location, **options))
-        weights[name] = weight
+            sources.append(PackedSource(entry.name, found, tokenizer=tokenizer, **options))
+    weights = {entry.name: entry.weight for entry in entries}
     return RowStream(sources, weights, seed, rows_per_step, rank, world_size, prefetch)
 
 
@@ -139,6 +210,12 @@ class RowStream(Iterator[Row]):
         return bool(self._raw_sources)
 
     @property
+    def rows_per_epoch(self) -> int | None:
+        """Rows of all sources in one pass, None where a raw source is among them."""
+        packed = [source for source in self._sources if isinstance(source, PackedSource)]
+        return None if self._raw_sources else sum(source.rows for source in packed)
+
+    @property
     def rows_decoded(self) -> int:
         """Rows read from disk so far, with those of row groups that were read ahead."""
         return sum(source.rows_decoded for source in self._sources)
@@ -165,12 +242,16 @@ class RowStream(Iterator[Row]):
     def __iter__(self) -> RowStream:
         return self
 
-    def __next__(self) -> Row:
+    def start(self) -> None:
+        """Read the first rows, without handing any out: data that has none is found here."""
         if self._closed:
             raise ValueError("the stream was closed")
         if self._position_in_chunk == len(self._chunk.rows):
             self._chunk = self._next_chunk()
             self._position_in_chunk = 0
+
+    def __next__(self) -> Row:
+        self.start()
         row = self._chunk.rows[self._position_in_chunk]
         self._position_in_chunk += 1
         self._rows_into_step += 1
@@ -281,10 +362,12 @@ class RowStream(Iterator[Row]):
     def _check_number_of_ranks(self, world_size: int) -> None:
         if self._raw_sources and world_size != self.world_size:
             names = ", ".join(source.name for source in self._raw_sources)
+            documents = self._raw_sources[0].documents
             raise ValueError(
                 f"the stream's state is of {world_size} ranks, this run has {self.world_size}, and "
-                f"raw text ({names}) goes on only with as many as before; start {world_size} ranks "
-                "or, for any number, prepare packed shards with data_tools/prepare_pretrain.py"
+                f"raw {documents.noun} ({names}) goes on only with as many as before; start "
+                f"{world_size} ranks or, for any number, prepare packed shards with "
+                f"{documents.preparation}"
             )
 
     def _next_chunk(self) -> _Chunk:
@@ -343,26 +426,48 @@ def open_validation(
     others. A raw source needs `max_rows`, because its held-out documents are spread over all its
     files.
     """
+
+    def open_data(entry: Entry) -> PackedData | RawData:
+        return _open_text(entry, seq_len, tokenizer)
+
+    return validation_of(
+        parse_data(data),
+        open_data,
+        seq_len=seq_len,
+        max_rows=max_rows,
+        rank=rank,
+        world_size=world_size,
+        tokenizer=tokenizer,
+    )
+
+
+def validation_of(
+    entries: Sequence[Entry],
+    open_data: Callable[[Entry], PackedData | RawData],
+    *,
+    seq_len: int,
+    max_rows: int | None,
+    rank: int,
+    world_size: int,
+    tokenizer: str | Path | None,
+) -> dict[str, HeldOut]:
+    """Return what `open_validation` does for what `open_data` finds at every entry of --data."""
     _check_rank(rank, world_size)
-    found = {}
-    for name, location, _ in _parse_data(data):
-        raw_files = find_raw_files(location)
-        if raw_files is not None:
+    held_out = {}
+    for entry in entries:
+        found = open_data(entry)
+        if isinstance(found, RawData):
             rows = held_out_rows(
-                name, raw_files, seq_len=seq_len, max_rows=max_rows, tokenizer=tokenizer
+                entry.name, found.files, found.documents, seq_len=seq_len, max_rows=max_rows
             )
             total = len(rows)
             rows = rows[rank * total // world_size : (rank + 1) * total // world_size]
         else:
-            assert not isinstance(location, list)
-            prepared = open_prepared(location)
-            prepared.check_fit(name, seq_len=seq_len, tokenizer=tokenizer)
-            total = prepared.manifest.splits[VALIDATION].rows
-            total = total if max_rows is None else min(total, max_rows)
-            first, end = rank * total // world_size, (rank + 1) * total // world_size
-            rows = list(prepared.held_out_rows(name, first, end))
-        found[name] = HeldOut(total, rows)
-    return found
+            found.check_fit(entry.name, seq_len=seq_len, tokenizer=tokenizer)
+            total, mine = slice_of_rows(found, entry.name, rank, world_size, max_rows)
+            rows = list(mine)
+        held_out[entry.name] = HeldOut(total, rows)
+    return held_out
 
 
 def interleave(weights: list[int], counts: list[int], num_rows: int) -> tuple[list[int], list[int]]:
@@ -489,15 +594,26 @@ def _check_rank(rank: int, world_size: int) -> None:
         raise ValueError(f"rank {rank} does not lie in 0..world_size-1 (world_size {world_size})")
 
 
-def _parse_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Location, float]]:
+def parse_data(
+    data: Mapping[str, Mapping[str, Any]], *, hub_keys: Sequence[str] = ()
+) -> list[Entry]:
+    """Return the entries of --data; ValueError names what is malformed.
+
+    `hub_keys` are those of `Entry.config` and `Entry.split`, where they are allowed.
+    """
     if not data:
         raise ValueError('--data is empty; give {"name": {"path": "folder", "weight": 1.0}}')
+    entries = []
     for name, entry in data.items():
         if not isinstance(entry, Mapping) or not entry.get("path"):
             raise ValueError(f'--data: {name} needs a path: {{"path": "folder", "weight": 1.0}}')
-        unknown = sorted(set(entry) - {"path", "weight"})
+        keys = ["path", "weight", *hub_keys]
+        unknown = sorted(set(entry) - set(keys))
         if unknown:
-            raise ValueError(f"--data: {name} has {', '.join(unknown)}; it takes path and weight")
+            raise ValueError(
+                f"--data: {name} has {', '.join(unknown)}; it takes {', '.join(keys[:-1])} and "
+                f"{keys[-1]}"
+            )
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"--data: the weight of {name} is {weight!r}; give a number")
@@ -505,7 +621,9 @@ def _parse_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Lo
             raise ValueError(f"--data: the weight of {name} is {weight}; it must be above 0")
         path = entry["path"]
         location = [str(p) for p in path] if isinstance(path, list | tuple) else str(path)
-        yield name, location, float(weight)
+        of_hub = {key: None if entry.get(key) is None else str(entry[key]) for key in hub_keys}
+        entries.append(Entry(name, location, float(weight), **of_hub))
+    return entries
 
 
 def _integer_weights(weights: Mapping[str, float]) -> dict[str, int]:

@@ -123,13 +123,22 @@ def text_pieces(file: Path, *, max_documents: int, max_bytes: int) -> list[Piece
         size = file.stat().st_size
         bounds = np.linspace(0, size, -(-size // max_bytes) + 1).astype(np.int64).tolist()
         return [Piece(file, start, stop, 0, stop - start) for start, stop in pairwise(bounds)]
+    return parquet_pieces(file, ["text"], max_documents=max_documents, max_bytes=max_bytes)
+
+
+def parquet_pieces(
+    file: Path, columns: Sequence[str], *, max_documents: int, max_bytes: int
+) -> list[Piece]:
+    """Cut parquet into equal pieces of about at most so many rows and bytes of these columns."""
     metadata = pq.read_metadata(file)
     rows = metadata.num_rows
-    # By its path: nested columns that are not used have several leaves before it.
+    # By their paths: a nested column has several leaves.
     paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    leaves = [leaf for leaf, path in enumerate(paths) if path.split(".")[0] in columns]
     num_bytes = sum(
-        metadata.row_group(group).column(paths.index("text")).total_uncompressed_size
+        metadata.row_group(group).column(leaf).total_uncompressed_size
         for group in range(metadata.num_row_groups)
+        for leaf in leaves
     )
     pieces = max(-(-rows // max_documents), -(-num_bytes // max_bytes), 1)
     bounds = np.linspace(0, rows, min(pieces, rows) + 1).astype(np.int64).tolist()
@@ -194,7 +203,7 @@ def _checked(text: object, source: object, place: str) -> Document | Rejected:
 def _parquet_rows(piece: Piece) -> Iterator[tuple[object, object, str]]:
     row = piece.start
     try:
-        for batch in _parquet_batches(piece):
+        for batch in parquet_batches(piece, ["text", "source"]):
             texts = _strings(batch["text"], row)
             for text, source in zip(texts, _strings(batch["source"], row), strict=True):
                 # A source that is no text makes the row as bad as a text that is none.
@@ -212,7 +221,8 @@ def _parquet_rows(piece: Piece) -> Iterator[tuple[object, object, str]]:
         )
 
 
-def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
+def parquet_batches(piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield these columns of a piece's rows, some hundred rows at a time."""
     # Read through a small buffer and without reading ahead: a row group may be larger than memory.
     with pq.ParquetFile(
         piece.file,
@@ -228,7 +238,7 @@ def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
                 for batch in parquet.iter_batches(
                     READ_BATCH_ROWS,
                     row_groups=[group],
-                    columns=["text", "source"],
+                    columns=list(columns),
                     use_threads=False,
                 ):
                     first = max(piece.start - batch_start, 0)
@@ -293,6 +303,8 @@ def _jsonl_lines(piece: Piece) -> Iterator[tuple[object, object, str]]:
             _skip_line(file)
         while (start := file.tell()) < piece.stop:
             line = file.readline(MAX_LINE_BYTES)
+            if not line:  # cut off while it is read, which the caller says
+                return
             place = f"byte {start}"
             if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
                 _skip_line(file)

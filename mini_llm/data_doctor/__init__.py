@@ -26,7 +26,6 @@ from .prepared import examine_prepared, examine_prepared_sft
 from .shards import Kind, Shard, find_shard, kind_of, prepared_kind
 
 DEFAULT_SEQ_LEN = 2048
-READ_SFT_ROWS = "mini_llm.data.sft_files.open_sft_rows"
 
 
 def examine(data: str, tokenizer: str | None, seq_len: int | None) -> Iterator[Finding]:
@@ -75,7 +74,7 @@ def _examined(
     prepare_text += " --output_dir data/packed"
     prepare_chat = f"python data_tools/prepare_sft.py --input {quoted} {flags}"
     prepare_chat += " --output_dir data/sft_packed"
-    pretrain = f"./launch.sh pretrain --data {mapping}"
+    pretrain, sft = (f"./launch.sh {recipe} --data {mapping}" for recipe in ("pretrain", "sft"))
 
     kind = prepared_kind(data)
     if kind is Kind.PREPARED:
@@ -84,7 +83,7 @@ def _examined(
         return
     if kind is Kind.PREPARED_SFT:
         fitting = yield from examine_prepared_sft(data, tokenizer, seq_len)
-        next_commands.append(f"read its rows with {READ_SFT_ROWS}, given {fitting}")
+        next_commands.append(f"{sft} {fitting}")
         return
 
     shard = find_shard(data)
@@ -104,10 +103,13 @@ def _examined(
         next_commands.append(f"{prepare_text} --input_format tokens")
     elif kind is Kind.READY_MADE_SFT:
         yield from examine_ready_made(shard, opened, row)
-        next_commands.append(f"read its rows with {READ_SFT_ROWS}, given {flags}")
+        if not is_remote(data):
+            next_commands.append(f"{sft} {flags}")
     elif kind is Kind.CONVERSATIONS:
         yield from examine_conversations(shard, opened, row)
-        next_commands.append(prepare_chat)
+        if shard.path.suffix == ".jsonl":
+            next_commands.append(prepare_chat)
+        next_commands.append(f"{sft} {flags}")
     elif kind is Kind.FINEWEB:
         yield from examine_text(shard, opened, row)
         next_commands += [prepare_text, f"{pretrain} {flags}"]
@@ -118,9 +120,10 @@ def _examined(
         yield Finding("ok", "2. as conversations", "answers are supervised, nothing is split")
         yield from _failures_as_findings(data, examine_conversations(shard, opened, row))
         next_commands += [f"{prepare_text} (as text)", f"{prepare_chat} (as conversations)"]
+        next_commands.append(f"{sft} {flags} (as conversations)")
     if is_remote(data):  # which the preparations do not read
         next_commands[:] = [c for c in next_commands if not c.startswith("python data_tools/")]
-        next_commands.append("download it, and doctor --data FOLDER names the preparation")
+        next_commands.append("download it, and doctor --data FOLDER says what else can be done")
 
 
 def _described(shard: Shard) -> str:

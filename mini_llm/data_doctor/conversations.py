@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from mini_llm.data.collate import IGNORE_INDEX
-from mini_llm.data.conversation_files import Found, read_lines
+from mini_llm.data.conversation_files import Found, read_conversations, read_lines
 from mini_llm.data.conversations import (
     ChatEncoder,
     Conversation,
@@ -20,17 +21,17 @@ from mini_llm.data.conversations import (
     segments,
 )
 from mini_llm.data.manifest import TRAIN, VALIDATION, TokenizerEntry
+from mini_llm.data.packed_stream import Row, RowGroupReader, open_prepared
+from mini_llm.data.ready_made import ReadyMadeFiles
 from mini_llm.data.sft_files import (
     PackedConversations,
     SftManifest,
-    SftRow,
-    SftRows,
     SftSplit,
-    open_sft_rows,
     pack_conversations,
     write_sft_manifest,
     write_sft_rows,
 )
+from mini_llm.data.text_files import Piece, Rejected
 from mini_llm.finding import Finding
 
 from .common import (
@@ -63,7 +64,7 @@ class Sample:
 def examine_conversations(
     shard: Shard, tokenizer: OpenTokenizer, seq_len: int
 ) -> Iterator[Finding]:
-    """Yield the findings about jsonl as conversations with labels on the answers."""
+    """Yield the findings about raw conversations, with labels on the answers."""
     encoder = ChatEncoder(tokenizer.folder)
     sample = _read_sample(shard.path)
     found = sample.found
@@ -101,43 +102,52 @@ def examine_conversations(
 
 def examine_ready_made(shard: Shard, tokenizer: OpenTokenizer, seq_len: int) -> Iterator[Finding]:
     """Yield the findings about SFT parquet that was tokenised elsewhere."""
-    rows = open_sft_rows(shard.path, seq_len, tokenizer.folder)
+    encoder = ChatEncoder(tokenizer.folder)
+    data = ReadyMadeFiles(shard.name, [shard.path], encoder, seq_len)
+    data.check_fit(shard.name, seq_len=seq_len, tokenizer=tokenizer.folder)
     yield Finding("ok", "first conversations", "their tokens are text of this tokenizer")
-    yield from examine_rows(rows, tokenizer)
+    yield from examine_rows(data.reader(TRAIN), seq_len, tokenizer)
 
 
-def examine_rows(rows: SftRows, tokenizer: OpenTokenizer) -> Iterator[Finding]:
-    """Yield the findings about rows of conversations, of which some hundreds are read."""
-    read: list[SftRow] = []
+def examine_rows(rows: RowGroupReader, seq_len: int, tokenizer: OpenTokenizer) -> Iterator[Finding]:
+    """Yield the findings about training rows of conversations, of which some hundreds are read."""
+    read: list[Row] = []
     faults: list[str] = []
-    count = min(len(rows), MAX_ROWS)
-    for index in range(count):
+    count = min(rows.rows, MAX_ROWS)
+    for number in range(count):
         try:
-            read.append(rows[index])
+            read.append(rows.row_at(number, TRAIN))
         except ValueError as error:
             faults.append(one_line(error))
     if faults:
         yield Finding("FAIL", "rows", f"{len(faults):,} of {count:,} do not fit; {faults[0]}")
     else:
-        yield Finding("ok", "rows", f"{count:,} of {len(rows):,} read, each holds together")
+        detail = f"{count:,} of {rows.rows:,} for training read, each holds together"
+        yield Finding("ok", "rows", detail)
     if not read:
         return
     lengths = [int(length) for row in read for length in row["doc_lens"]]
     yield _lengths(lengths, "tokens")
-    places = len(read) * rows.seq_len
+    places = len(read) * seq_len
     yield Finding(
         "ok",
         "packing",
         f"{sum(lengths) / places:.2%} used: {len(lengths):,} conversations in {len(read):,} rows "
-        f"of {rows.seq_len:,}",
+        f"of {seq_len:,}",
     )
     yield from _supervision(read, tokenizer)
 
 
 def _read_sample(file: Path) -> Sample:
     sample = Sample()
-    size = file.stat().st_size
-    for place, item in read_lines(file, 0, size):
+    items: Iterator[tuple[int, Found | Rejected]]
+    if file.suffix == ".jsonl":
+        size = file.stat().st_size  # in bytes, as the places are
+        items = read_lines(file, 0, size)
+    else:
+        size = pq.read_metadata(file).num_rows
+        items = enumerate(read_conversations(Piece(file, 0, size, size, 0)))
+    for place, item in items:
         if len(sample.found) + sample.rejections.counts.total() == MAX_DOCUMENTS or (
             place >= MAX_BYTES
         ):
@@ -182,7 +192,8 @@ def _through_the_files(
     )
     with tempfile.TemporaryDirectory(prefix="mini_llm_doctor_") as folder:
         _write_prepared(Path(folder), packed, tokenizer, seq_len)
-        read = list(open_sft_rows(folder, seq_len, tokenizer.folder))
+        reader = open_prepared(folder, of_conversations=True).reader(TRAIN)
+        read = [reader.row_at(number, TRAIN) for number in range(reader.rows)]
     yield _round_trip(read, conversations, tokenizer)
     yield from _supervision(read, tokenizer)
     file_bytes = shard.path.stat().st_size
@@ -219,14 +230,12 @@ def _write_prepared(
 
 
 def _round_trip(
-    rows: Sequence[SftRow], conversations: list[Conversation], tokenizer: OpenTokenizer
+    rows: Sequence[Row], conversations: list[Conversation], tokenizer: OpenTokenizer
 ) -> Finding:
     """Compare what the rows say, and what in it is supervised, with the conversations' words."""
-    doc_lens = [row["doc_lens"] for row in rows]
-    ids = parts_of_rows([row["input_ids"] for row in rows], doc_lens)
-    labels = parts_of_rows([row["labels"] for row in rows], doc_lens)
+    ids, masks = _conversations_of(rows)
     said = tokenizer.decode(ids)
-    supervised = tokenizer.decode([label[label != IGNORE_INDEX] for label in labels])
+    supervised = tokenizer.decode([part[mask] for part, mask in zip(ids, masks, strict=True)])
     expected = Counter(_rendered(messages) for messages in conversations)
     missing = (expected - Counter(zip(said, supervised, strict=True))).total()
     total = len(conversations)
@@ -244,17 +253,22 @@ def _rendered(messages: Conversation) -> tuple[str, str]:
     return "".join(segment.text for segment in found), supervised
 
 
-def _supervision(rows: Sequence[SftRow], tokenizer: OpenTokenizer) -> Iterator[Finding]:
-    """Yield the share of supervised tokens and the shortest conversation with them marked."""
-    tokens = sum(int(row["doc_lens"].sum()) for row in rows)
-    supervised = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-    detail = f"{supervised / tokens:.1%} of the tokens ({supervised:,} of {tokens:,})"
-    yield Finding("ok" if supervised else "FAIL", "supervised", detail)
+def _conversations_of(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return ids of the conversations in rows, and whether each is supervised."""
     doc_lens = [row["doc_lens"] for row in rows]
     ids = parts_of_rows([row["input_ids"] for row in rows], doc_lens)
-    labels = parts_of_rows([row["labels"] for row in rows], doc_lens)
+    return ids, parts_of_rows([row["loss_mask"] for row in rows], doc_lens)
+
+
+def _supervision(rows: Sequence[Row], tokenizer: OpenTokenizer) -> Iterator[Finding]:
+    """Yield the share of supervised tokens and the shortest conversation with them marked."""
+    tokens = sum(int(row["doc_lens"].sum()) for row in rows)
+    supervised = sum(int(row["loss_mask"].sum()) for row in rows)
+    detail = f"{supervised / tokens:.1%} of the tokens ({supervised:,} of {tokens:,})"
+    yield Finding("ok" if supervised else "FAIL", "supervised", detail)
+    ids, masks = _conversations_of(rows)
     shortest = min(range(len(ids)), key=lambda i: len(ids[i]))
-    is_supervised = labels[shortest] != IGNORE_INDEX
+    is_supervised = masks[shortest]
     cuts = np.flatnonzero(np.diff(is_supervised)) + 1
     texts = tokenizer.decode(np.split(ids[shortest], cuts))
     marks = [bool(part[0]) for part in np.split(is_supervised, cuts)]

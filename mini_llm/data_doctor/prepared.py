@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Generator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from mini_llm.data.collate import collate
-from mini_llm.data.manifest import TRAIN, VALIDATION, FileEntry
-from mini_llm.data.packed_stream import Row, ShardFiles, open_prepared
-from mini_llm.data.sft_files import load_sft_manifest, open_sft_rows
-from mini_llm.data.shard_cache import file_sha256
+from mini_llm.data.conversations import ChatEncoder
+from mini_llm.data.manifest import TRAIN, VALIDATION, FileEntry, Manifest
+from mini_llm.data.packed_stream import Row, open_prepared
+from mini_llm.data.sft_files import SftManifest
 from mini_llm.data.stream import open_stream
 from mini_llm.data.tokenizer import text_encoder, tokenizer_fingerprint
 from mini_llm.finding import Finding
@@ -39,7 +38,9 @@ def examine_prepared(
     Without `tokenizer` the rows are decoded where they were made with the project's own.
     """
     prepared = open_prepared(location)
-    manifest, train = prepared.manifest, prepared.manifest.splits[TRAIN]
+    manifest = prepared.manifest
+    assert isinstance(manifest, Manifest)
+    train = manifest.splits[TRAIN]
     yield Finding(
         "ok",
         "data",
@@ -47,7 +48,7 @@ def examine_prepared(
         f"{train.rows:,} rows of {manifest.seq_len:,}, {len(train.files):,} file(s)",
     )
     yield Finding("ok", "manifest", f"unchanged (fingerprint {manifest.fingerprint[:12]})")
-    name = location.rstrip("/").rsplit("/", 1)[-1]
+    name = _name(location)
     prepared.check_fit(name, seq_len=seq_len or manifest.seq_len, tokenizer=tokenizer)
     folder, finding = _tokenizer_of(manifest.tokenizer.fingerprint, tokenizer)
     yield finding
@@ -58,7 +59,7 @@ def examine_prepared(
     yield Finding("ok", "rejected", f"{rejected:,} of {manifest.input_rows:,} rows and lines")
     first = train.files[0]
     # All files are there with their sizes; the first one's sha256 is what the manifest says.
-    ShardFiles(prepared.folder, train, prepared.cache, rank=0, world_size=1).path(first)
+    prepared.reader(TRAIN).files.path(first)
     yield _whole(first, len(train.files))
     data = {name: {"path": location, "weight": 1.0}}
     with open_stream(
@@ -90,7 +91,9 @@ def examine_prepared_sft(
     location: str, tokenizer: str | None, seq_len: int | None
 ) -> Generator[Finding, None, str]:
     """Yield the findings about a folder of packed conversations; return the flags that fit it."""
-    manifest = load_sft_manifest(location)
+    prepared = open_prepared(location, of_conversations=True)
+    manifest = prepared.manifest
+    assert isinstance(manifest, SftManifest)
     train = manifest.splits[TRAIN]
     yield Finding(
         "ok",
@@ -101,7 +104,9 @@ def examine_prepared_sft(
     )
     yield Finding("ok", "manifest", f"unchanged (fingerprint {manifest.fingerprint[:12]})")
     folder = tokenizer or default_tokenizer()
-    rows = open_sft_rows(location, seq_len or manifest.seq_len, folder)
+    ChatEncoder(folder)  # which checks that it is one for chat
+    name = _name(location)
+    prepared.check_fit(name, seq_len=seq_len or manifest.seq_len, tokenizer=folder)
     yield _tokenizer_of(manifest.tokenizer.fingerprint, tokenizer)[1]
     yield Finding("ok", "types", shares(train.conversations_per_kind))
     rejected = sum(manifest.rejected.values())
@@ -111,18 +116,21 @@ def examine_prepared_sft(
         f"{manifest.input_lines:,} lines: {rejected:,} rejected, {manifest.not_sampled:,} not "
         "sampled",
     )
+    if not train.rows:
+        raise ValueError(f"--data: {location} has no training rows; prepare it from more text")
     first = train.files[0]
-    sha256 = file_sha256(Path(location) / first.file)
-    if sha256 != first.sha256:
-        raise ValueError(
-            f"--data: {first.file} of {location} is not the file of its manifest (sha256 "
-            f"{sha256[:12]}, the manifest says {first.sha256[:12]}); prepare the folder again"
-        )
+    # All files are there with their sizes; the first one's sha256 is what the manifest says.
+    rows = prepared.reader(TRAIN)
+    rows.files.path(first)
     yield _whole(first, len(train.files))
-    yield from examine_rows(rows, open_tokenizer(folder))
+    yield from examine_rows(rows, manifest.seq_len, open_tokenizer(folder))
     held_out = manifest.splits[VALIDATION].rows
     yield Finding("ok" if held_out else "note", "validation", f"{held_out:,} held-out rows")
     return f"--tokenizer {shlex.quote(folder)} --seq_len {manifest.seq_len}"
+
+
+def _name(location: str) -> str:
+    return location.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _tokenizer_of(fingerprint: str, given: str | None) -> tuple[str | None, Finding]:

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mini_llm.data.conversation_files import from_record
-from mini_llm.data.manifest import MANIFEST_NAME
-from mini_llm.data.sft_files import READY_MADE_COLUMNS, SFT_FORMAT
+from mini_llm.data.conversation_files import check_conversation_file, from_record
+from mini_llm.data.manifest import MANIFEST_NAME, SFT_FORMAT
+from mini_llm.data.ready_made import READY_MADE_COLUMNS
 from mini_llm.data.shard_cache import (
     TIMEOUT_SECONDS,
     ShardCache,
@@ -47,7 +47,7 @@ class Kind(Enum):
     PREPARED_SFT = "folder of data_tools/prepare_sft.py"
     FINEWEB = "FineWeb-shaped parquet (text, score, source)"
     DEEPCTRL = "DeepCtrl jsonl (instruction, input, output, history)"
-    CONVERSATIONS = "jsonl of conversations"
+    CONVERSATIONS = "conversations (jsonl or parquet)"
     TOKENS = "headerless uint16 tokens"
     READY_MADE_SFT = "ready-made SFT parquet (token_ids, labels, …)"
 
@@ -95,11 +95,6 @@ def prepared_kind(location: str) -> Kind | None:
     except ValueError:
         return Kind.PREPARED  # whose reader says what is wrong with it
     is_sft = isinstance(content, dict) and content.get("format") == SFT_FORMAT
-    if is_sft and is_remote(location):
-        raise ValueError(
-            f"--data: {location} holds conversations, which are read from local folders; download "
-            "it and give that folder"
-        )
     return Kind.PREPARED_SFT if is_sft else Kind.PREPARED
 
 
@@ -195,6 +190,9 @@ def _kind_of_parquet(file: Path) -> Kind:
         return Kind.FINEWEB
     if "token_ids" in names:
         return Kind.READY_MADE_SFT
+    if not {"messages", "conversations", "output"}.isdisjoint(names):
+        check_conversation_file(file)
+        return Kind.CONVERSATIONS
     if {"input_ids", "doc_lens"} <= set(names):
         raise ValueError(
             f"--data: {file} holds packed rows without the {MANIFEST_NAME} that a finished "
@@ -202,7 +200,8 @@ def _kind_of_parquet(file: Path) -> Kind:
         )
     raise ValueError(
         f"--data: {file} has the columns {', '.join(names)}; needed are "
-        f"{', '.join(PARQUET_COLUMNS)} for pretraining, or {', '.join(READY_MADE_COLUMNS)} for SFT"
+        f"{', '.join(PARQUET_COLUMNS)} for pretraining, or messages, conversations or "
+        f"{', '.join(READY_MADE_COLUMNS)} for SFT"
     )
 
 

@@ -1,11 +1,14 @@
 """Writing a trained model as a stock transformers directory."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig
+
+from mini_llm.data.tokenizer import IM_END
 
 from .model_card import write_model_card
 
@@ -40,6 +43,21 @@ def base_generation_config(tokenizer: Any) -> GenerationConfig:
     )
 
 
+def chat_generation_config(tokenizer: Any) -> GenerationConfig:
+    """How a chat model generates: sampling, until ``<|im_end|>`` or ``<|endoftext|>``.
+
+    Raises ValueError, naming --tokenizer, for a tokenizer without ``<|im_end|>``.
+    """
+    if IM_END not in tokenizer.get_vocab():
+        raise ValueError(
+            f"--tokenizer: {tokenizer.name_or_path} has no {IM_END} token, at which a chat model "
+            "stops; give one that data_tools/train_tokenizer.py made"
+        )
+    config = base_generation_config(tokenizer)
+    config.eos_token_id = [tokenizer.convert_tokens_to_ids(IM_END), tokenizer.eos_token_id]
+    return config
+
+
 def save_final(
     accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path, card: dict[str, Any]
 ) -> None:
@@ -49,8 +67,6 @@ def save_final(
     if accelerator.is_main_process:
         write_model_card(aside, card)
         if folder.exists():
-            import shutil
-
             shutil.rmtree(folder)
         aside.rename(folder)
     accelerator.wait_for_everyone()

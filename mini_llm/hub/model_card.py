@@ -14,7 +14,7 @@ tags: [mini-llm]
 
 # {name}
 
-A `{model}` ({architecture}) of {parameters:,} parameters, pretrained with mini-llm.
+{origin}
 
 | | |
 |---|---|
@@ -34,19 +34,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+{chat}```
+"""
+
+PRETRAINED = "A `{model}` ({architecture}) of {parameters:,} parameters, pretrained with mini-llm."
+FINE_TUNED = (
+    "A chat model ({architecture}) of {parameters:,} parameters, fine-tuned from `{model}` with "
+    "mini-llm."
+)
+CHAT = """\
+messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=256)
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 
 def card_facts(
-    args: Any, accelerator: Any, model: Any, *, tokens: int, evaluation: dict[str, float]
+    args: Any,
+    accelerator: Any,
+    model: Any,
+    *,
+    tokens: int,
+    evaluation: dict[str, float],
+    fine_tuned: bool = False,
 ) -> dict[str, Any]:
-    """The fields of the card, from a run's arguments, engine and results."""
+    """The fields of the card, from a run's arguments, engine and results.
+
+    ``fine_tuned``: a chat model, whose weights come from ``args.model``.
+    """
     unwrapped = accelerator.unwrap_model(model)
     shapes = (getattr(p, "ds_shape", p.shape) for p in unwrapped.parameters())  # ZeRO-3 splits them
     return {
         "name": args.run_name or Path(args.output_dir).name,
         "model": args.model,
+        "fine_tuned": fine_tuned,
         "architecture": unwrapped.stock_architecture,
         "parameters": sum(math.prod(shape) for shape in shapes),
         "steps": args.max_steps,
@@ -64,5 +89,11 @@ def card_facts(
 def write_model_card(folder: Path, run: dict[str, Any]) -> None:
     """Write README.md from ``run``: the card's fields, ``evaluation`` being a mapping."""
     rows = [f"| {name} | {value:.4f} |" for name, value in run["evaluation"].items()]
-    text = CARD.format(**{**run, "evaluation": "\n".join(rows) + "\n" if rows else ""})
+    fine_tuned = run["fine_tuned"]
+    filled = {
+        "origin": (FINE_TUNED if fine_tuned else PRETRAINED).format(**run),
+        "chat": CHAT if fine_tuned else "",
+        "evaluation": "\n".join(rows) + "\n" if rows else "",
+    }
+    text = CARD.format(**{**run, **filled})
     (folder / "README.md").write_text(text)

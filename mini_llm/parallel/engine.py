@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .watchdog import beat
@@ -84,6 +85,9 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=project,
     )
+    # Else transformers splits what it loads over the ranks as it loads it, and lets one rank's
+    # generate wait for the others. Models of this size are built whole, then split by prepare.
+    unset_hf_deepspeed_config()
     _check_started_as_asked(accelerator, request, plugin)
     return accelerator
 

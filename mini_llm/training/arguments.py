@@ -8,6 +8,7 @@ Imports nothing heavy, so that ``--help`` and a mistyped flag answer at once.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
 DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
 SCHEDULES = ("cosine", "wsd", "constant")
+BIAS_SPEED_HELP = "change of a router bias per optimizer step, towards equal load (DeepSeek-V3's γ)"
 
 
 def _arg(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -33,27 +35,16 @@ def _arg(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 @dataclass
-class PretrainArguments:
-    """Everything that determines a pretraining run. Units are in the help texts."""
+class RunArguments:
+    """What both recipes take; each adds its own and may change a default."""
 
     output_dir: str = _arg("the run's folder: checkpoints, metrics, plots, final model")
     # Model
     model: str = _arg("a preset name, or a folder / hub id of a checkpoint to start from")
     tokenizer: str = _arg("folder of the tokenizer; gives vocabulary size and special ids")
-    model_overrides: dict[str, Any] = _arg(
-        "config fields to change in the preset (JSON mapping)", {}
-    )
     attn_implementation: str = _arg("attention: sdpa | eager | flash_attention_2 …", "sdpa")
     # Data
-    data: dict[str, Any] = _arg(
-        "sources: name -> {path, weight: share of rows} (JSON mapping); a path is a folder written "
-        "by prepare_pretrain.py, or raw text: a folder, a file or a list of .parquet or .jsonl "
-        "files; each may also be an https:// or hf:// URL",
-        {},
-    )
-    quickstart_data: bool = _arg(
-        "first build the quickstart corpus, tokenizer and packed rows if they are missing", False
-    )
+    data: dict[str, Any] = _arg("sources: name -> {path, weight: share of rows} (JSON mapping)", {})
     seq_len: int = _arg("tokens per packed row; must be what the data was packed to", 2048)
     seed: int = _arg("decides initial weights and the order of the data", 42)
     # Batch and length
@@ -78,12 +69,8 @@ class PretrainArguments:
     adam_epsilon: float = _arg("AdamW ε", 1e-8)
     max_grad_norm: float = _arg("gradients are clipped to this global norm (0: not)", 1.0)
     # Mixture of experts and multi-token prediction (no effect on a model without them)
-    expert_bias_update_speed: float = _arg(
-        "change of a router bias per optimizer step, towards equal load (DeepSeek-V3's γ)", 1e-3
-    )
+    expert_bias_update_speed: float = _arg(BIAS_SPEED_HELP, 1e-3)
     balance_loss_weight: float = _arg("weight of the load-balance loss (a mean over rows)", 1e-4)
-    mtp_loss_weight: float = _arg("weight of the multi-token-prediction loss", 0.3)
-    mtp_loss_final_weight: float = _arg("… in the last third of the run", 0.1)
     # Steps that go wrong (training/bad_steps.py)
     bad_step_policy: str = _arg(
         "after a gradient that is not finite, or a loss jump: stop | skip | rewind (to the newest "
@@ -115,8 +102,8 @@ class PretrainArguments:
     )
     report_to: str = _arg("trackers, comma-separated: tensorboard, wandb; or none", "tensorboard")
     run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
-    sample_prompts: list[str] = _arg("prompts to complete when training ends (JSON list)", [])
-    sample_max_new_tokens: int = _arg("tokens generated for each sample prompt", 64)
+    sample_prompts: list[Any] = _arg("prompts to complete when training ends (JSON list)", [])
+    sample_max_new_tokens: int = _arg("most tokens generated for each sample prompt", 64)
     # Checkpoints
     save_steps: int = _arg("steps between checkpoints (0: only when the run ends or stops)", 500)
     save_total_limit: int = _arg("newest checkpoints to keep", 2)
@@ -155,7 +142,73 @@ class PretrainArguments:
         return self.rows_per_step() // (world_size * self.per_device_train_batch_size)
 
 
-Arguments = TypeVar("Arguments", bound=PretrainArguments)
+@dataclass
+class PretrainArguments(RunArguments):
+    """Everything that determines a pretraining run. Units are in the help texts."""
+
+    model_overrides: dict[str, Any] = _arg(
+        "config fields to change in the preset (JSON mapping)", {}
+    )
+    data: dict[str, Any] = _arg(
+        "sources: name -> {path, weight: share of rows} (JSON mapping); a path is a folder written "
+        "by prepare_pretrain.py, or raw text: a folder, a file or a list of .parquet or .jsonl "
+        "files; each may also be an https:// or hf:// URL",
+        {},
+    )
+    quickstart_data: bool = _arg(
+        "first build the quickstart corpus, tokenizer and packed rows if they are missing", False
+    )
+    mtp_loss_weight: float = _arg("weight of the multi-token-prediction loss", 0.3)
+    mtp_loss_final_weight: float = _arg("… in the last third of the run", 0.1)
+
+
+@dataclass
+class SftArguments(RunArguments):
+    """Everything that determines a run of supervised fine-tuning. Units are in the help texts."""
+
+    model: str = _arg("folder or hub id of the pretrained model to start from")
+    tokenizer: str = _arg("folder of the tokenizer (default: the model's own)", "")
+    data: dict[str, Any] = _arg(
+        "sources of conversations: name -> {path, weight: share of rows} (JSON mapping); a path is "
+        "a folder written by prepare_sft.py, ready-made token parquet, raw conversations (a folder,"
+        " a file or a list of .jsonl or .parquet files; also https:// or hf:// URLs), or the name "
+        "of a hub dataset, with its config and split beside it",
+        {},
+    )
+    quickstart_data: bool = _arg(
+        "first build the quickstart's conversations and pack them if they are missing", False
+    )
+    packing: bool = _arg(
+        "pack many conversations into a row; false computes each in a row of its own, padded: the "
+        "same gradients, slower",
+        True,
+    )
+    num_train_epochs: float = _arg(
+        "passes over the data, which then decide --max_steps (0: they do not; packed data only)",
+        0.0,
+    )
+    global_batch_tokens: int = _arg(
+        "tokens per optimizer step over all ranks; gradient accumulation is derived from it", 65_536
+    )
+    learning_rate: float = _arg("peak learning rate; never multiplied by the number of ranks", 5e-5)
+    weight_decay: float = _arg("decoupled weight decay, on matrices only", 0.0)
+    expert_bias_update_speed: float = _arg(f"{BIAS_SPEED_HELP}; 0 keeps it as pretrained", 0.0)
+    balance_loss_weight: float = _arg("weight of the load-balance loss (a mean over rows)", 0.0)
+    mtp_loss_weight: float = _arg(
+        "weight of the multi-token-prediction loss; 0 keeps those layers as pretrained", 0.0
+    )
+    eval_steps: int = _arg(
+        "steps between evaluations on the held-out rows, and samples (0: never)", 100
+    )
+    sample_prompts: list[Any] = _arg(
+        "what to ask at every evaluation: questions, or lists of messages that end with one (JSON "
+        "list)",
+        [],
+    )
+    sample_max_new_tokens: int = _arg("most tokens of an answer", 256)
+
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
 
 
 def parse_arguments(
@@ -300,7 +353,17 @@ def _unknown_name(what: str, name: str, cls: type, prefix: str = "") -> str:
     return f"unknown {what} {name}; the nearest is {near} (see --help)"
 
 
-def check_arguments(args: PretrainArguments, world_size: int) -> None:
+def steps_of_epochs(args: SftArguments, rows_per_epoch: int | None) -> int:
+    """Optimizer steps of ``--num_train_epochs``. Raises ValueError where rows cannot be counted."""
+    if rows_per_epoch is None:
+        raise ValueError(
+            "--num_train_epochs: raw conversations are not counted before they are packed; give "
+            "--max_steps, or pack them with data_tools/prepare_sft.py"
+        )
+    return math.ceil(args.num_train_epochs * rows_per_epoch / args.rows_per_step())
+
+
+def check_arguments(args: RunArguments, world_size: int) -> None:
     """Refuse values that cannot train, before anything is built. Raises ValueError."""
     positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
     for name in (*positive, "ddp_timeout"):
@@ -321,6 +384,9 @@ def check_arguments(args: PretrainArguments, world_size: int) -> None:
         raise ValueError(f"--max_hours is {args.max_hours}; it must be above 0")
     if args.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1: a resume needs one checkpoint")
+    for name in ("num_train_epochs", "mtp_loss_weight", "expert_bias_update_speed"):
+        if getattr(args, name, 0) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if not 0 < args.learning_rate < 1:
         raise ValueError(f"--learning_rate is {args.learning_rate}; it must be in (0, 1)")
     if not 0 <= args.min_lr_ratio <= 1:

@@ -18,7 +18,7 @@ from collections import deque
 import torch
 from accelerate import Accelerator
 
-from .arguments import PretrainArguments
+from .arguments import RunArguments
 
 LAST_LOSSES = 50
 FEWEST_LOSSES = 10
@@ -28,7 +28,7 @@ MOST_REWINDS = 10
 class BadSteps:
     """Finds the bad steps of a run and counts them."""
 
-    def __init__(self, args: PretrainArguments, accelerator: Accelerator) -> None:
+    def __init__(self, args: RunArguments, accelerator: Accelerator) -> None:
         self.policy = args.bad_step_policy
         self.count = 0
         self.rewinds = 0

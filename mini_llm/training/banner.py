@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 from accelerate import Accelerator
 
@@ -11,13 +12,13 @@ from mini_llm.data.stream import HeldOut
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import describe
 
-from .arguments import PretrainArguments
+from .arguments import RunArguments
 from .run_folder import versions
 from .sizes import ParameterCounts, dry_run_report
 
 
 def print_banner(
-    args: PretrainArguments,
+    args: RunArguments,
     accelerator: Accelerator,
     model: Any,
     parameters: ParameterCounts,
@@ -50,14 +51,17 @@ def print_banner(
 
 
 def print_dry_run(
-    args: PretrainArguments,
+    args: RunArguments,
     accelerator: Accelerator,
     config: Any,
     parameters: ParameterCounts,
     tokenizer: Any,
     rows: list[Any],
 ) -> None:
-    """The resolved config, the sizes and two decoded rows, on rank 0."""
+    """The resolved config, the sizes and decoded rows, on rank 0.
+
+    In rows of conversations, what is supervised stands in ⟦ ⟧.
+    """
     if not accelerator.is_main_process:
         return
     print(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False, allow_unicode=True))
@@ -68,6 +72,18 @@ def print_dry_run(
     )
     for number, row in enumerate(rows, start=1):
         documents = row["doc_lens"].tolist()
-        text = tokenizer.decode(row["input_ids"][: sum(documents)])
         print(f"\nrow {number} of {row['source']}: documents of {documents} tokens")
-        print(text, flush=True)
+        print(_decoded(row, sum(documents), tokenizer), flush=True)
+
+
+def _decoded(row: Any, length: int, tokenizer: Any) -> str:
+    ids = row["input_ids"][:length]
+    if "loss_mask" not in row:
+        return str(tokenizer.decode(ids))
+    mask = row["loss_mask"][:length]
+    changes = np.flatnonzero(np.diff(mask)) + 1
+    parts = zip(np.split(ids, changes), np.split(mask, changes), strict=True)
+    return "".join(
+        f"⟦{tokenizer.decode(part)}⟧" if supervised[0] else str(tokenizer.decode(part))
+        for part, supervised in parts
+    )

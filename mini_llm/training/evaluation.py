@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,22 +10,29 @@ from accelerate import Accelerator
 from torch import nn
 
 from mini_llm.data.collate import IGNORE_INDEX, collate
-from mini_llm.data.stream import HeldOut, Row, open_validation
+from mini_llm.data.stream import HeldOut, Row
 from mini_llm.parallel.watchdog import beat
 
-from .arguments import PretrainArguments
+from .arguments import RunArguments
 
 
-def load_held_out(args: PretrainArguments, *, rank: int, world_size: int) -> dict[str, HeldOut]:
+def load_held_out(
+    args: RunArguments,
+    open_rows: Callable[..., dict[str, HeldOut]],
+    *,
+    rank: int,
+    world_size: int,
+) -> dict[str, HeldOut]:
     """This rank's held-out rows of every source; they are few, so they stay in memory.
 
-    Ranks with fewer rows get a row of padding, which counts nothing: under ZeRO-3 every forward is
-    a collective, so all ranks must make as many. None are read for ``--eval_steps 0``. Raises what
-    ``open_validation`` does.
+    ``open_rows`` is ``open_validation``, or ``open_sft_validation`` for conversations. Ranks with
+    fewer rows get a row of padding, which counts nothing: under ZeRO-3 every forward is a
+    collective, so all ranks must make as many. None are read for ``--eval_steps 0``. Raises what
+    ``open_rows`` does.
     """
     if not args.eval_steps:
         return {}
-    held_out = open_validation(
+    held_out = open_rows(
         args.data,
         seq_len=args.seq_len,
         max_rows=args.max_eval_rows or None,

@@ -1,8 +1,10 @@
 """What a model's outputs contribute to the objective, micro-batch by micro-batch."""
 
+import re
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def mtp_weight_at(step: int, *, first: float, last: float, max_steps: int) -> float:
@@ -12,6 +14,22 @@ def mtp_weight_at(step: int, *, first: float, last: float, max_steps: int) -> fl
     14.8 T tokens, then 0.1).
     """
     return first if 3 * step <= 2 * max_steps else last
+
+
+def mtp_options(model: nn.Module, *, weight: float) -> dict[str, bool]:
+    """Options of the model's forward that compute the multi-token-prediction loss or leave it out.
+
+    With ``weight`` 0 the layers of that loss are frozen, because an optimizer would let even
+    weights without a gradient decay. Empty for a model without them. Call it before ``prepare``.
+    """
+    config: Any = model.config
+    if not getattr(config, "num_nextn_predict_layers", 0):
+        return {}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            parameter.requires_grad_(weight > 0)
+    return {"predict_further": weight > 0}
 
 
 def combine_losses(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .arguments import PretrainArguments
+from .arguments import RunArguments
 
 # Dense bf16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -168,7 +168,7 @@ class TokenCounter:
         self.global_counts = {name: int(state.get(name, 0)) for name in self.global_counts}
 
 
-def start_trackers(accelerator: Accelerator, args: PretrainArguments, *, start_step: int) -> None:
+def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: int) -> None:
     """Start TensorBoard and W&B as ``--report_to`` says; both write below ``output_dir/logs``.
 
     A resumed run goes on with the curve and the W&B run that it began; what lies after

@@ -17,8 +17,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
 
-    Uses torch's fused kernel on CUDA. Under zero.Init a partitioned parameter looks
-    one-dimensional; its real shape is in ``ds_shape``.
+    Torch's fused kernel on every device: it reads and writes each number once. Raises RuntimeError
+    on a device that has none. Under zero.Init a partitioned parameter looks one-dimensional; its
+    real shape is in ``ds_shape``.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -30,10 +31,16 @@ def build_optimizer(
         {"params": decay, "weight_decay": weight_decay, "name": "decay"},
         {"params": no_decay, "weight_decay": 0.0, "name": "no_decay"},
     ]
-    on_cuda = all(parameter.is_cuda for parameter in decay)
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True if on_cuda else None
-    )
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def describe_optimizer(optimizer: Any) -> str:
+    """The optimizer inside Accelerate's and DeepSpeed's wrappers, e.g. "AdamW (fused)"."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    # What torch's AdamW.step looks at to choose its kernel.
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return f"{type(optimizer).__name__}{' (fused)' if fused else ''}"
 
 
 def learning_rate_at(

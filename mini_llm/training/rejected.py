@@ -1,4 +1,4 @@
-"""What was no text in the raw sources: counted over all ranks, so that nothing is lost unseen."""
+"""What raw sources hold besides what can be trained on: counted over all ranks, told at the end."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def rejected_rows(stream: RowStream) -> dict[str, Counter[str]]:
 def describe_rejected(rejected: Mapping[str, Counter[str]]) -> list[str]:
     """One line for each source that had any: how many, and how many for each reason."""
     return [
-        f"{name}: {reasons.total():,} rows or lines were no text and were left out "
+        f"{name}: {reasons.total():,} rows or lines were nothing to train on and were left out "
         f"({', '.join(f'{count:,} {reason}' for reason, count in sorted(reasons.items()))})"
         for name, reasons in rejected.items()
         if reasons

@@ -14,18 +14,19 @@ from mini_llm.data.tokenizer import tokenizer_fingerprint
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import offload, zero_stage
 
-from .arguments import PretrainArguments
+from .arguments import RunArguments
+from .optimizer import describe_optimizer
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 
 
 def run_identity(
-    args: PretrainArguments, fingerprint_of_tokenizer: str, data_fingerprint: str
+    args: RunArguments, fingerprint_of_tokenizer: str, data_fingerprint: str
 ) -> dict[str, Any]:
     """What makes two runs the same run: model, data, tokenizer and seed."""
     return {
         "model": args.model,
-        "model_overrides": args.model_overrides,
+        "model_overrides": getattr(args, "model_overrides", {}),
         "tokenizer_fingerprint": fingerprint_of_tokenizer,
         "data": {name: source.get("weight", 1) for name, source in args.data.items()},
         "data_fingerprint": data_fingerprint,
@@ -50,20 +51,20 @@ def check_run_folder(output_dir: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def check_tokenizer_of_model(args: PretrainArguments, fingerprint: str) -> None:
+def check_tokenizer_of_model(model: str | Path, tokenizer: str, fingerprint: str) -> None:
     """Refuse to go on from weights with another tokenizer than theirs. Raises ValueError.
 
     Embeddings are rows of the tokenizer's ids: with another one they mean nothing, even where the
-    sizes agree. ``fingerprint`` is that of ``--tokenizer``.
+    sizes agree. ``fingerprint`` is that of ``tokenizer``.
     """
-    if not (Path(args.model) / "tokenizer.json").is_file():  # a preset, or weights alone
+    if not (Path(model) / "tokenizer.json").is_file():  # a preset, or weights alone
         return
-    theirs = tokenizer_fingerprint(args.model)
+    theirs = tokenizer_fingerprint(model)
     if theirs != fingerprint:
         raise ValueError(
-            f"--tokenizer {args.tokenizer} (fingerprint {fingerprint[:12]}) is not the one that "
-            f"--model {args.model} was trained with ({theirs[:12]}), so its embeddings would mean "
-            f"other tokens; give --tokenizer {args.model} and data packed by it, or train a preset"
+            f"--tokenizer {tokenizer} (fingerprint {fingerprint[:12]}) is not the one that "
+            f"--model {model} was trained with ({theirs[:12]}), so its embeddings would mean "
+            f"other tokens; give --tokenizer {model} and data packed by it, or train a preset"
         )
 
 
@@ -75,7 +76,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(aside, path)
 
 
-def write_config(output_dir: Path, args: PretrainArguments) -> None:
+def write_config(output_dir: Path, args: RunArguments) -> None:
     """config.yaml: every argument as resolved; ``--config`` accepts it again."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False, allow_unicode=True)
@@ -95,7 +96,7 @@ def versions() -> dict[str, str]:
 
 def write_run_facts(
     output_dir: Path,
-    args: PretrainArguments,
+    args: RunArguments,
     accelerator: Any,
     model: Any,
     identity: dict[str, Any],
@@ -122,7 +123,8 @@ def write_run_facts(
         "versions": versions(),
         "kernels": {
             **kernels_in_use(unwrapped.config, half_precision=args.bf16),
-            "optimizer": "AdamW (fused)" if accelerator.device.type == "cuda" else "AdamW",
+            # The one that prepare() wrapped; Accelerate has no public name for it.
+            "optimizer": describe_optimizer(accelerator._optimizers[-1]),
         },
         "data_fingerprint": identity["data_fingerprint"],
         "identity": identity,

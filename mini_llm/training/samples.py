@@ -1,11 +1,28 @@
-"""Completions of fixed prompts by the model that a run has just saved."""
+"""What a model writes: completions when pretraining ends, answers while a chat model learns."""
 
+import dataclasses
+import html
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig
 
+from mini_llm.data.conversations import ASSISTANT, USER, Conversation, why_invalid
+from mini_llm.hub.export import chat_generation_config
 from mini_llm.models import load_model
+from mini_llm.parallel.watchdog import beat
 
 
 def print_samples(output_dir: Path, prompts: list[str], max_new_tokens: int, seed: int) -> None:
@@ -32,3 +49,240 @@ def print_samples(output_dir: Path, prompts: list[str], max_new_tokens: int, see
     text = "\n".join(blocks) + "\n"
     (output_dir / "samples.txt").write_text(text)
     print(text, end="", flush=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to a prompt at a step, its end token visible."""
+
+    step: int
+    prompt: str
+    answer: str
+    stopped: bool  # by itself, at an end token
+    tokens: int  # generated, the end token included
+
+
+class ChatSamples:
+    """Asks the model in training the same questions again and again, and keeps all its answers.
+
+    They go to ``output_dir/samples.txt`` and to the trackers. A prompt is a question or a list of
+    messages that ends with one. What was answered after ``start_step`` is dropped. Raises
+    ValueError, naming the flag, for prompts that :func:`check_chat_prompts` refuses and for a
+    tokenizer without the chat tokens.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tokenizer: Any,
+        output_dir: Path,
+        prompts: list[Any],
+        *,
+        max_new_tokens: int,
+        start_step: int,
+    ) -> None:
+        check_chat_prompts(prompts)
+        self.accelerator = accelerator
+        self.tokenizer = tokenizer
+        self.path = output_dir / "samples.txt"
+        self.prompts = [_messages(prompt) for prompt in prompts]
+        self.answers: list[Answer] = []
+        self._copy: Any = None
+        if not prompts:
+            return
+        ends = chat_generation_config(tokenizer)
+        # The likeliest token, so that steps can be compared and no random number is drawn.
+        self.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends.eos_token_id,
+            pad_token_id=ends.pad_token_id,
+        )
+        if accelerator.is_main_process and self.path.is_file():
+            # A run that was killed while writing may have left half a character.
+            found = parse_answers(self.path.read_bytes().decode(errors="replace"))
+            self._rewrite([answer for answer in found if answer.step <= start_step])
+
+    def take(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Answer all prompts with ``model``'s weights of ``step``; a collective of all ranks.
+
+        Returns ``samples/stopped``, the share of answers that stopped by themselves, and
+        ``samples/tokens``, the mean number of generated tokens; {} without prompts. The random
+        states stay as they are, so a run with samples is the run without.
+        """
+        if not self.prompts:
+            return {}
+        beat()
+        with _untouched_random_states(self.accelerator.device):
+            state_dict = self.accelerator.get_state_dict(model)  # ZeRO-3 gathers the weights
+            answers = []
+            if self.accelerator.is_main_process:
+                self._refresh_copy(self.accelerator.unwrap_model(model), state_dict)
+            del state_dict
+            for messages in self.prompts:
+                if self.accelerator.is_main_process:
+                    answers.append(self._answer(messages, step))
+                # The others' time limit is for one answer, not for all.
+                self.accelerator.wait_for_everyone()
+                beat()
+            numbers = [0.0, 0.0]
+            if self.accelerator.is_main_process:
+                self._record(answers, step)
+                numbers = [
+                    sum(answer.stopped for answer in answers) / len(answers),
+                    sum(answer.tokens for answer in answers) / len(answers),
+                ]
+            sent = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+            stopped, tokens = broadcast(sent).tolist()
+        return {"samples/stopped": stopped, "samples/tokens": tokens}
+
+    def text(self) -> str:
+        """The answers of the last step that has some, as in samples.txt; on rank 0 alone."""
+        if not self.answers:
+            return ""
+        last = self.answers[-1].step
+        return format_answers([answer for answer in self.answers if answer.step == last])
+
+    def _refresh_copy(self, unwrapped: Any, state_dict: dict[str, torch.Tensor]) -> None:
+        """Let rank 0's own model, which no engine knows, have the weights of ``state_dict``.
+
+        Its weights are of the training weights' dtype and compute in it, without autocast: it
+        answers as the checkpoint of this step will.
+        """
+        if self._copy is None:
+            copy = type(unwrapped)(deepcopy(unwrapped.config))
+            copy.set_attn_implementation("sdpa")  # flash attention cannot compute in fp32
+            copy.to(self.accelerator.device, dtype=next(unwrapped.parameters()).dtype)
+            self._copy = copy.eval()
+        if unwrapped.config.tie_word_embeddings:  # an engine may leave out the second of the two
+            for tied, source in unwrapped._tied_weights_keys.items():
+                state_dict = {**state_dict, tied: state_dict[source]}
+        self._copy.load_state_dict(state_dict)
+
+    def _answer(self, messages: Conversation, step: int) -> Answer:
+        """One prompt alone: in bf16, padding it to another's length changes near-ties."""
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(self.accelerator.device)
+        output = self._copy.generate(
+            **inputs,
+            generation_config=self.generation_config,
+            synced_gpus=False,  # under ZeRO-3 transformers would wait for the other ranks
+        )
+        generated = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return Answer(
+            step=step,
+            prompt="\n".join(f"{message['role']}: {message['content']}" for message in messages),
+            answer=self.tokenizer.decode(generated, skip_special_tokens=False),
+            stopped=generated[-1] in self.generation_config.eos_token_id,
+            tokens=len(generated),
+        )
+
+    def _record(self, answers: list[Answer], step: int) -> None:
+        """Append to samples.txt; give W&B the table of all steps, TensorBoard this step's."""
+        if self.answers and self.answers[-1].step >= step:  # the run went back to before it
+            self._rewrite([answer for answer in self.answers if answer.step < step])
+        self.answers += answers
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(format_answers(answers).encode())
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                columns = [field.name for field in dataclasses.fields(Answer)]
+                rows = [list(dataclasses.astuple(answer)) for answer in self.answers]
+                tracker.log_table("samples/answers", columns=columns, data=rows, step=step)
+            elif tracker.name == "tensorboard":
+                tracker.log({"samples/answers": _markdown_table(answers)}, step=step)
+
+    def _rewrite(self, answers: list[Answer]) -> None:
+        self.answers = answers
+        self.path.write_bytes(format_answers(answers).encode())
+
+
+def check_chat_prompts(prompts: list[Any]) -> None:
+    """Raise ValueError, naming --sample_prompts, for what a chat model cannot be asked."""
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, (str, list)):
+            placeholder = {"role": ASSISTANT, "content": "."}
+            reason = why_invalid([*_messages(prompt), placeholder])
+        else:
+            reason = "neither a text nor a list"
+        if reason is not None:
+            raise ValueError(
+                f"--sample_prompts: prompt {number} cannot be asked ({reason}); give a question, "
+                "or a list of messages with role and content that ends with a user's"
+            )
+
+
+def _messages(prompt: str | Conversation) -> Conversation:
+    return [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+STOPPED, CUT = "stopped by itself", "cut at --sample_max_new_tokens"
+# A step's headline, or a prompt with its answer. Only what is not indented has a meaning.
+_PIECE = re.compile(
+    r"^=== step (?P<step>\d+):"
+    r"|^--- prompt \d+\n(?P<prompt>(?:  .*\n)+)"
+    rf"--- answer \d+: (?P<tokens>\d+) tokens, (?P<end>{STOPPED}|{CUT})\n(?P<answer>(?:  .*\n)+)",
+    re.MULTILINE,
+)
+
+
+def format_answers(answers: list[Answer]) -> str:
+    """The text of samples.txt, which :func:`parse_answers` reads back."""
+    lines = []
+    for step, group in groupby(answers, key=lambda answer: answer.step):
+        of_step = list(group)
+        stopped = sum(answer.stopped for answer in of_step)
+        mean = sum(answer.tokens for answer in of_step) / len(of_step)
+        lines.append(
+            f"=== step {step}: {stopped} of {len(of_step)} answers stopped by themselves, "
+            f"{mean:.1f} tokens on average"
+        )
+        for number, answer in enumerate(of_step, start=1):
+            end = STOPPED if answer.stopped else CUT
+            lines += [f"--- prompt {number}", *_indented(answer.prompt)]
+            lines += [f"--- answer {number}: {answer.tokens} tokens, {end}"]
+            lines += _indented(answer.answer)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def parse_answers(text: str) -> list[Answer]:
+    """The answers in a samples.txt; a prompt whose answer a killed run left out does not count."""
+    answers, step = [], 0
+    for piece in _PIECE.finditer(text):
+        if piece["step"] is not None:
+            step = int(piece["step"])
+            continue
+        prompt, answer = (
+            "\n".join(line[2:] for line in piece[name].split("\n")[:-1])
+            for name in ("prompt", "answer")
+        )
+        answers.append(Answer(step, prompt, answer, piece["end"] == STOPPED, int(piece["tokens"])))
+    return answers
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.split("\n")]
+
+
+def _markdown_table(answers: list[Answer]) -> str:
+    def cell(text: str) -> str:
+        return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
+
+    rows = ["| prompt | answer | stopped | tokens |", "|---|---|---|---|"]
+    rows += [
+        f"| {cell(a.prompt)} | {cell(a.answer)} | {'yes' if a.stopped else 'no'} | {a.tokens} |"
+        for a in answers
+    ]
+    return "\n".join(rows)
+
+
+@contextmanager
+def _untouched_random_states(device: torch.device) -> Iterator[None]:
+    """Give torch (CPU and ``device``), numpy and Python the random states back that they had."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)

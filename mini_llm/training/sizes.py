@@ -72,15 +72,17 @@ def training_flops_per_token(
 def memory_per_rank(parameters: int, *, world_size: int, bf16: bool) -> dict[str, float]:
     """GiB of weights, gradients and AdamW state per rank at each ZeRO stage (no activations).
 
-    ZeRO (Rajbhandari et al. 2020, fig. 1) with fp32 gradients: stage 1 splits the optimizer state
-    (two moments and the fp32 master weights), 2 the gradients too, 3 the weights too.
+    ZeRO (Rajbhandari et al. 2020, fig. 1) as ``ds_configs/`` sets it up: stage 1 splits the
+    optimizer state (two moments and fp32 master weights, which DeepSpeed keeps in fp32 runs too), 2
+    the gradients too, 3 the weights too. Gradients accumulate in fp32, but at stage 1 in the
+    weights' type. ``zero0`` is what DDP and a single process hold: fp32 weights, under autocast in
+    bf16 (DeepSpeed's own stage 0 refuses bf16).
     """
     weights, gradients = parameters * (2 if bf16 else 4), parameters * 4
     moments, master = parameters * 8, parameters * 4
-    plain_master = master if bf16 else 0
     stages = {
-        "zero0": weights + gradients + moments + plain_master,
-        "zero1": weights + gradients + (moments + master) / world_size,
+        "zero0": parameters * 4 + gradients + moments,
+        "zero1": weights + weights + (moments + master) / world_size,
         "zero2": weights + (gradients + moments + master) / world_size,
         "zero3": (weights + gradients + moments + master) / world_size,
     }
@@ -106,6 +108,6 @@ def dry_run_report(
         f"tokens of the run     {args.global_batch_tokens * args.max_steps:,}",
         "memory per rank       "
         + ", ".join(f"{stage} {gib:.3f} GiB" for stage, gib in memory.items())
-        + " (weights, gradients, optimizer state; activations come on top)",
+        + " (weights, gradients, optimizer state; activations come on top; ddp is as zero0)",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Several runs of the pretraining recipe in one launch: ``accelerate launch several_runs.py FILE``.
+"""Several runs of a recipe in one launch: ``accelerate launch several_runs.py FILE``.
 
-A launch of two ranks is mostly imports. This script imports the recipe once and forks a process
+A launch of two ranks is mostly imports. This script imports the recipes once and forks a process
 for each run of FILE (JSON, see ``tests.launching.launch_several``), so that every run begins as a
 freshly started rank that has just imported: what one run leaves behind (process group, engine,
 caches of Accelerate and DeepSpeed) dies with its process and no other can see it.
@@ -20,19 +20,23 @@ import matplotlib.pyplot  # noqa: F401
 
 from mini_llm import build_model, list_models
 from mini_llm.parallel.watchdog import end_with_launcher
-from mini_llm.training.arguments import PretrainArguments, parse_arguments
-from recipes.pretrain import main
+from mini_llm.training.arguments import PretrainArguments, SftArguments, parse_arguments
+from recipes import pretrain, sft
 
 
-def run(flags: list[str], port: int) -> int:
-    """What a rank of ``accelerate launch recipes/pretrain.py flags`` does; returns its status."""
+def run(recipe: str, flags: list[str], port: int) -> int:
+    """What a rank of ``accelerate launch recipes/RECIPE.py flags`` does; returns its status."""
     # The launcher's own store still holds the addresses of the last run's ranks: let rank 0 hold
     # one for this run alone.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     os.environ["MASTER_PORT"] = str(port)
     end_with_launcher()  # threads do not survive a fork
     try:
-        main(parse_arguments(PretrainArguments, "recipes/configs/quickstart/pretrain.yaml", flags))
+        config = f"recipes/configs/quickstart/{recipe}.yaml"
+        if recipe == "sft":
+            sft.main(parse_arguments(SftArguments, config, flags))
+        else:
+            pretrain.main(parse_arguments(PretrainArguments, config, flags))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 1
     except BaseException:
@@ -48,7 +52,7 @@ if __name__ == "__main__":
     for item in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()
         if child == 0:
-            status = run(item["flags"], item["port"])
+            status = run(item["recipe"], item["flags"], item["port"])
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

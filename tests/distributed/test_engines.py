@@ -23,6 +23,7 @@ from mini_llm import build_model
 from mini_llm.data import collate, load_tokenizer, open_stream
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from mini_llm.training.sizes import GIB, memory_per_rank
 from tests.conftest import TinyData
 from tests.launching import TINY_MODEL, TINY_RUN, facts, launch_several, metrics, series
 
@@ -99,7 +100,7 @@ BF16_OTHERS = [
 # Against fp32, relative, over 20 steps. Measured over all engines and models: 1.6e-3 and 4.6e-2,
 # of one process in bf16 6.9e-4 and 2.6e-2 (it rounds no weights, DeepSpeed keeps them in bf16).
 BF16_TOLERANCE = {"train/loss": 3e-3, "train/grad_norm": 7e-2}
-COMPILED = [Run("zero2", LLAMA, accumulation=1, torch_compile=True)]
+COMPILED = [Run("zero2", m, accumulation=1, torch_compile=True) for m in (LLAMA, QWEN)]
 
 
 def twin(pool: list[Run], engine: str, step: int) -> Run:
@@ -189,7 +190,7 @@ def reference_of(tiny_data: TinyData) -> Iterator[Callable[[str], dict[str, list
 
 
 def plain_loop(tiny_data: TinyData, name: str) -> dict[str, list[float]]:
-    """One process, one pass a step, no engine and nothing of the chunked loss."""
+    """One process, one pass a step, no engine, nothing of the chunked loss or the fused AdamW."""
     tokenizer = load_tokenizer(tiny_data.tokenizer)
     set_seed(42)
     model = build_model(
@@ -202,6 +203,8 @@ def plain_loop(tiny_data: TinyData, name: str) -> dict[str, list[float]]:
     optimizer = build_optimizer(
         model, learning_rate=3e-3, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-4
     )
+    for group in optimizer.param_groups:
+        group["fused"] = None  # the update as single operations
     data = {"tiny": {"path": str(tiny_data.packed), "weight": 1}}
     result: dict[str, list[float]] = {}
     model.train()
@@ -260,6 +263,7 @@ def assert_is_the_engine(run: Run, folder: Path) -> None:
     assert found["world_size"] == run.ranks
     assert found["zero_stage"] == run.zero_stage
     assert found["gradient_accumulation_steps"] == run.accumulation
+    assert found["kernels"]["optimizer"] == "AdamW (fused)"
     offloaded = "cpu" if run.engine.endswith("_offload") else None
     assert found["offload"] == {
         "optimizer": offloaded,
@@ -346,6 +350,23 @@ def test_run_json_shows_the_engine_by_the_bytes_that_each_rank_holds(engine, fol
     for kind, share_of_each_rank in share.items():
         # DeepSpeed pads partitions, and ZeRO-3 keeps norm weights whole on every rank.
         np.testing.assert_allclose(share_of_each_rank, expected[kind], atol=0.06, err_msg=kind)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [r for r in [*PAIRWISE, *BF16] if r.model == LLAMA and not r.engine.endswith("_offload")],
+    ids=str,
+)
+def test_every_rank_holds_the_bytes_that_a_dry_run_estimates(run, folder_of):
+    weights = load_file(folder_of(run) / "final" / "model.safetensors")
+    estimates = memory_per_rank(
+        sum(weight.numel() for weight in weights.values()), world_size=run.ranks, bf16=run.bf16
+    )
+    held = facts(folder_of(run))["bytes_per_rank"]
+    for of_one_rank in zip(*held.values(), strict=True):
+        # Beyond the estimate: a gradient that ZeRO-2 holds uncut, norm weights that ZeRO-3 does.
+        estimate = estimates[f"zero{run.zero_stage or 0}"]
+        assert sum(of_one_rank) / GIB == pytest.approx(estimate, rel=0.02)
 
 
 def test_a_stale_deepspeed_build_lock_is_removed_at_the_start(folder_of, folder):

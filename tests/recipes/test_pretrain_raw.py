@@ -73,7 +73,7 @@ def test_ten_steps_on_raw_text_equal_five_and_five_and_count_every_token_and_rej
     assert {"eval/raw/loss", "eval/packed/loss"} <= last.keys()
     rejected = last["data/raw/rejected"]
     assert 0 < rejected <= 2 * EMPTY_ROWS and "data/packed/rejected" not in last
-    assert f"raw: {rejected} rows or lines were no text" in done.stdout
+    assert f"raw: {rejected} rows or lines were nothing to train on" in done.stdout
     assert f"({rejected} empty)" in done.stdout
     assert facts(interrupted)["data_fingerprint"] == facts(tmp_path / "whole")["data_fingerprint"]
 

@@ -20,12 +20,16 @@ WRONG = "wrong"  # other bytes of the right number
 NO_RANGE = "no range"  # the whole file although a part was asked for
 
 
+COMMIT = "c" * 40
+
+
 class HubServer(ThreadingHTTPServer):
-    """Serves `files` (path → content) of whatever data set is asked for.
+    """Serves `files` (path → content) of whatever data set is asked for, at `main` and `COMMIT`.
 
     `faults[path]` are what the next requests for that file get; `sha256` replaces published sums
     (None: publishes none), `sizes` published sizes; `cdn` is another server that file requests are
-    redirected to; `token` is needed where it is set. `requests` notes path and headers of all.
+    redirected to; `token` is needed where it is set; data sets in `unknown` do not exist.
+    `requests` notes path and headers of all.
     """
 
     daemon_threads = True
@@ -40,6 +44,7 @@ class HubServer(ThreadingHTTPServer):
         self.next_host: str | None = None
         self.cdn: HubServer | None = None
         self.token: str | None = None
+        self.unknown: set[str] = set()
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
@@ -69,12 +74,21 @@ class HubServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The four kinds of addresses: list and file, of the hub and of ModelScope."""
+    """List and file, of the hub and of ModelScope, and what else the hub's own client asks."""
 
     server: HubServer
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.server.requests.append((self.path, dict(self.headers.items())))
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        found = [self.entry(path) for path in asked["paths"] if path in self.server.files]
+        self.answer(200, json.dumps(found).encode())
 
     def do_GET(self) -> None:
         self.server.requests.append((self.path, dict(self.headers.items())))
@@ -85,11 +99,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(path.removeprefix("/cdn/"))
         if self.server.token and self.headers["Authorization"] != f"Bearer {self.server.token}":
             return self.answer(401, b"who are you?")
-        if tree := re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/main(?:/(.*))?", path):
+        if any(f"/datasets/{repo}" in path for repo in self.server.unknown):
+            return self.answer(404, b"no such data set", {"X-Error-Code": "RepoNotFound"})
+        if re.fullmatch(rf"/api/datasets/[^/]+/[^/]+(/revision/(main|{COMMIT}))?", path):
+            return self.answer(200, json.dumps({"id": "an/id", "sha": COMMIT}).encode())
+        if tree := re.fullmatch(
+            rf"/api/datasets/[^/]+/[^/]+/tree/(?:main|{COMMIT})(?:/(.*))?", path
+        ):
             return self.hub_list(tree[1] or "", asked)
         if re.fullmatch(r"/api/v1/datasets/[^/]+/[^/]+/repo/tree", path):
             return self.modelscope_list(asked)
-        if file := re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/main/(.*)", path):
+        if file := re.fullmatch(rf"/datasets/[^/]+/[^/]+/resolve/(?:main|{COMMIT})/(.*)", path):
             return self.file(file[1])
         if re.fullmatch(r"/api/v1/datasets/[^/]+/[^/]+/repo", path):
             return self.file(asked["FilePath"])
@@ -104,18 +124,29 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.get("cursor", 0))
         paths = self.below(folder)
         stop = start + self.server.page_files
-        entries: list[dict[str, Any]] = [{"type": "directory", "path": "4_5", "size": 0}]
+        folders = {"4_5"}
+        if asked.get("recursive") == "false":
+            below = len(f"{folder}/") if folder else 0
+            folders = {p[: p.index("/", below)] for p in paths if "/" in p[below:]}
+            paths = [path for path in paths if "/" not in path[below:]]
+        entries: list[dict[str, Any]] = [
+            {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders
+        ]
         for path in paths[start:stop]:
-            entry: dict[str, Any] = {"type": "file", "path": path, "size": self.server.size(path)}
-            if self.server.sum(path):
-                entry["lfs"] = {"oid": self.server.sum(path), "size": entry["size"]}
-            entries.append(entry)
+            entries.append(self.entry(path))
         headers = {}
         if stop < len(paths):
             host = self.server.next_host or self.server.url
             address = f"{host}{urlsplit(self.path).path}?recursive=true&cursor={stop}"
             headers["Link"] = f'<{address}>; rel="next"'
         self.answer(200, json.dumps(entries).encode(), headers)
+
+    def entry(self, path: str) -> dict[str, Any]:
+        size = self.server.size(path)
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": "0" * 40}
+        if self.server.sum(path):
+            entry["lfs"] = {"oid": self.server.sum(path), "size": size, "pointerSize": 1}
+        return entry
 
     def modelscope_list(self, asked: dict[str, str]) -> None:
         if fault := self.next_fault("list"):
@@ -153,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(fault, b"no")
         content = self.server.files.get(path)
         if content is None:
-            return self.answer(404, b"no such file")
+            return self.answer(404, b"no such file", {"X-Error-Code": "EntryNotFound"})
         if fault == WRONG:
             content = bytes(byte ^ 1 for byte in content)
         start = 0
@@ -165,9 +196,13 @@ class Handler(BaseHTTPRequestHandler):
         body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         self.wfile.write(body[: len(body) // 2] if fault in (CUT, RESET) else body)
         if fault == RESET:
             # Closed without a farewell: the other side gets "connection reset".
@@ -181,4 +216,5 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mini_llm.bench import __main__ as bench
-from mini_llm.bench.measure import interleaved
+from mini_llm.bench.measure import allocations, interleaved, peak_memory
 from tests.unit.prepare_fixtures import write_shards
 
 
@@ -39,3 +40,56 @@ def test_missing_input_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         bench.main(["data", "--input", "no/such/folder"])
     assert capsys.readouterr().err == "--input: no/such/folder does not exist\n"
+
+
+def test_peak_memory_is_what_was_held_at_once_and_not_what_was_there_before() -> None:
+    x = torch.ones(256, dtype=torch.uint8)
+
+    def call() -> None:
+        y = torch.cat((x, x))  # 512 bytes, and freed with the next line
+        y = torch.cat((y, y))
+        del y
+
+    assert allocations(call) == [512, 1024, -512, -1024]
+    assert peak_memory(call) == 1536
+
+
+ATTENTION_FLAGS = ["attention", "--seq_len", "64", "--documents", "3", "--repeats", "2"]
+
+
+@pytest.fixture
+def one_preset_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mini_llm.bench.attention.list_models", lambda: ["mini_llama3"])
+    monkeypatch.setattr("mini_llm.bench.attention.DTYPES", {"fp32": torch.float32})
+
+
+@pytest.mark.usefixtures("one_preset_in_fp32")
+def test_attention_figures_are_of_equal_results_at_three_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.main([*ATTENTION_FLAGS, "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    printed = capsys.readouterr().out
+    for name in ("mini_llama3 attention fp32", "mini_llama3 layer fp32", "mini_llama3_tiny fp32"):
+        assert name in printed
+        assert min(figures[name].values()) > 0
+    attention = figures["mini_llama3 attention fp32"]
+    query, key_and_value = 64 * 12 * 64 * 4, 2 * 64 * 4 * 64 * 4  # bytes; so much for gradients
+    assert attention["packed_peak_mib"] * 2**20 > query + key_and_value
+    assert 1 / 3 <= figures["blocks_of_square"] < 1
+
+
+@pytest.mark.usefixtures("one_preset_in_fp32")
+def test_a_mask_that_leaks_between_documents_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    causal = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+    monkeypatch.setattr("mini_llm.bench.attention.block_diagonal_mask", lambda row: causal)
+    with pytest.raises(RuntimeError, match="mini_llama3 attention fp32: the two ways' results"):
+        bench.main(ATTENTION_FLAGS)
+
+
+def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["attention", "--seq_len", "4", "--documents", "5"])
+    assert capsys.readouterr().err == "--documents: 5 is not between 1 and --seq_len 4\n"

@@ -416,11 +416,11 @@ def test_folder_prepared_again_between_save_and_resume_is_named(folder: Path) ->
 
 def test_large_worlds_share_the_check_of_every_shard(folder: Path, tmp_path: Path) -> None:
     write_packed_folder(tmp_path, [4] * 8)
-    split = load_manifest(tmp_path).splits["train"]
+    entries = load_manifest(tmp_path).splits["train"].files
     checked: Counter[str] = Counter()
     for rank in range(64):
-        checked.update(ShardFiles(tmp_path, split, None, rank, 64)._unverified)
-    assert checked == {entry.file: 8 for entry in split.files}
+        checked.update(ShardFiles(tmp_path, entries, None, rank, 64)._unverified)
+    assert checked == {entry.file: 8 for entry in entries}
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -483,6 +483,13 @@ def test_validation_slices_of_all_ranks_are_the_split_in_order(folder: Path) -> 
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
     limited = [int(row["input_ids"][0]) for row in validation_rows(folder, max_rows=4)]
     assert limited == [0, 1, 2, 3]
+
+
+def test_folder_without_held_out_rows_has_no_validation(tmp_path: Path) -> None:
+    write_packed_folder(tmp_path, [4])
+    assert list(validation_rows(tmp_path)) == []
+    found = open_validation({"a": {"path": tmp_path}}, seq_len=SEQ_LEN, max_rows=8)
+    assert found["a"].total == 0 and found["a"].rows == []
 
 
 def test_validation_of_every_source_is_finite_and_apart(folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import pytest
 from data_tools import prepare_sft
 from mini_llm import doctor
 from mini_llm.data import shard_cache
+from mini_llm.data.packed_stream import open_prepared
 from mini_llm.data.packing import PackedRows
-from mini_llm.data.sft_files import open_sft_rows
 from mini_llm.data.tokenizer import text_encoder, train_tokenizer
 from mini_llm.data_doctor import common, conversations, documents, examine, shards
 from mini_llm.finding import Finding
@@ -95,12 +95,13 @@ def write_tokens(path: Path, tokenizer: Path, texts: list[str]) -> Path:
 def write_ready_made(path: Path, packed_sft: Path, tokenizer: Path) -> Path:
     """Write the rows of a prepared folder in the columns that ready-made data has."""
     rows = []
-    for row in open_sft_rows(packed_sft, SEQ_LEN, tokenizer):
+    reader = open_prepared(packed_sft, of_conversations=True).reader("train")
+    for row in (reader.row_at(number, "") for number in range(reader.rows)):
         lengths = row["doc_lens"]
         rows.append(
             {
                 "token_ids": row["input_ids"].tolist(),
-                "labels": row["labels"].tolist(),
+                "labels": np.where(row["loss_mask"], row["input_ids"].astype(int), -100).tolist(),
                 "position_ids": np.resize(
                     np.concatenate([np.arange(n) for n in lengths]), SEQ_LEN
                 ).tolist(),
@@ -229,7 +230,7 @@ def test_what_is_supervised_is_marked_and_its_share_is_exact(
 ) -> None:
     messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " Yes.\n"}]
     found = ok(report(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), tokenizer))
-    assert "jsonl of conversations" in found["data"]
+    assert "conversations (jsonl or parquet)" in found["data"]
     assert found["the shortest one"] == (
         "«supervised»: <|im_start|>user\\nHi?<|im_end|>\\n<|im_start|>assistant\\n"
         "« Yes.\\n<|im_end|>»\\n"
@@ -280,7 +281,7 @@ def test_prepared_conversations_are_checked_and_decoded(tokenizer: Path, packed_
     assert "prepare_sft.py" in found["data"]
     assert "single_turn 80.0%" in found["types"]
     assert found["the shortest one"].startswith("«supervised»: <|im_start|>user")
-    assert "open_sft_rows" in found["verdict"]
+    assert "./launch.sh sft --data" in found["verdict"]
 
 
 def test_ready_made_conversations_are_examined(
@@ -290,7 +291,20 @@ def test_ready_made_conversations_are_examined(
     found = ok(report(file, tokenizer))
     assert "ready-made SFT parquet" in found["data"]
     assert "each holds together" in found["rows"]
-    assert "open_sft_rows" in found["verdict"]
+    assert "./launch.sh sft --data" in found["verdict"]
+
+
+def test_conversations_in_parquet_are_examined_and_streamed_from_as_they_are(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    bad = [{"role": "user", "content": "Hi?"}]
+    rows = [{"messages": messages}] * 3 + [{"messages": bad}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = report(tmp_path / "a.parquet", tokenizer)
+    assert "1 no_assistant_turn (first: row 3)" in {f.subject: f.detail for f in found}["rejected"]
+    assert ok(found)["conversations"].startswith("3: 3 single-turn")
+    assert "./launch.sh sft" in found[-1].detail and "prepare_sft" not in found[-1].detail
 
 
 def test_the_projects_tokenizer_is_the_default(tmp_path: Path) -> None:
@@ -592,7 +606,7 @@ def test_file_and_prepared_folder_by_url(
     shutil.copytree(packed, tmp_path / "served" / "packed")
     assert "decoded" in ok(report(f"{url}/packed", tokenizer, None))
     shutil.copytree(packed_sft, tmp_path / "served" / "sft")
-    assert "read from local folders" in only_failure(report(f"{url}/sft", tokenizer))
+    assert "./launch.sh sft" in ok(report(f"{url}/sft", tokenizer))["verdict"]
 
 
 def test_url_that_is_wrong_or_too_large_is_named(

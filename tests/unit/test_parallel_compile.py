@@ -1,10 +1,13 @@
-"""--torch_compile: which modules, what stays, and the error without a compiler."""
+"""--torch_compile: which modules, what stays, what they compute, the error without a compiler."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mini_llm import build_model
-from mini_llm.parallel.compile import compile_layers
+from mini_llm.parallel.compile import compile_layers, decoder_layers
 
 CPU = torch.device("cpu")
 
@@ -36,3 +39,50 @@ def test_a_cpu_without_a_cpp_compiler_is_told_before_anything_is_compiled(monkey
     with pytest.raises(RuntimeError, match="install g"):
         compile_layers(model, CPU)
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def packed(rows: int, *documents: int) -> dict[str, Any]:
+    """Rows of random tokens that hold documents of these lengths."""
+    ids = torch.randint(320, (rows, sum(documents)))
+    positions = torch.cat([torch.arange(length) for length in documents]).expand(rows, -1)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids, "use_cache": False}
+
+
+def captured_calls(name: str, *documents: int) -> int:
+    """Operations in all graphs that torch.compile takes a packed row's layers apart into."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = build_model(name, vocab_size=320, num_hidden_layers=1, mlp_only_layers=[0])
+    for layer in decoder_layers(model):
+        layer.compile(backend="eager")
+    model(**packed(1, *documents))
+    return counters["stats"]["calls_captured"]
+
+
+def test_the_graph_of_a_delta_net_layer_does_not_grow_with_the_row():
+    assert captured_calls("mini_qwen3_next_tiny", 100, 412) == (
+        captured_calls("mini_qwen3_next_tiny", 30, 34)
+    )
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_packed_rows_give_the_loss_and_gradients_of_eager_ones():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    # Layers of all three kinds: delta net or attention, dense or experts.
+    model = build_model("mini_qwen3_next_tiny", vocab_size=320, num_hidden_layers=4).train()
+    batches = [packed(2, 30, 98), packed(2, 60, 68), packed(2, 20, 50, 58)]
+
+    def loss_and_gradients(batch: dict[str, Any]) -> list[torch.Tensor]:
+        model.zero_grad()
+        outputs = model(**batch)
+        (outputs.loss + 0.1 * outputs.balance_loss).backward()
+        return [outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    eager = [loss_and_gradients(batch) for batch in batches]
+    compile_layers(model, CPU)
+    for batch, expected in zip(batches, eager, strict=True):
+        for ours, theirs in zip(loss_and_gradients(batch), expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert counters["stats"]["unique_graphs"] >= 3

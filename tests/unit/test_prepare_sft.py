@@ -23,10 +23,10 @@ import yaml
 
 from data_tools import prepare_sft, self_awareness, sft_charts, sft_sampling
 from data_tools.self_awareness import SelfAwareness
+from mini_llm.data.packed_stream import Row, open_prepared
 from mini_llm.data.sft_files import (
     SftManifest,
     load_sft_manifest,
-    open_sft_rows,
     pack_conversations,
 )
 from mini_llm.data.tokenizer import load_tokenizer, train_tokenizer
@@ -89,12 +89,17 @@ def fingerprints(folder: Path, without: Sequence[str] = ("stages",)) -> dict[str
     }
 
 
+def rows_of(folder: Path, split: str) -> Iterator[Row]:
+    reader = open_prepared(folder, of_conversations=True).reader(split)
+    return (reader.row_at(number, "") for number in range(reader.rows))
+
+
 def conversations_of(folder: Path, tokenizer: Path) -> Counter[str]:
     """Decode every conversation of every row, by its length in doc_lens."""
     decoder = load_tokenizer(tokenizer)
     found: Counter[str] = Counter()
     for split in ("train", "validation"):
-        for row in open_sft_rows(folder, SEQ_LEN, tokenizer, split):
+        for row in rows_of(folder, split):
             start = 0
             for length in row["doc_lens"].tolist():
                 found[decoder.decode(row["input_ids"][start : start + length].tolist())] += 1
@@ -166,8 +171,8 @@ def test_supervised_spans_of_the_rows_are_the_answers_and_their_ends(
     answers |= {q.answer for q in SelfAwareness.of(flags([folder], folder, folder)).questions}
     supervised = 0
     for split in ("train", "validation"):
-        for row in open_sft_rows(folder, SEQ_LEN, tokenizer_dir, split):
-            mask = row["labels"] != -100
+        for row in rows_of(folder, split):
+            mask = row["loss_mask"]
             assert mask.any() and not mask[row["doc_lens"].sum() :].any()
             edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
             for start, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -562,121 +567,3 @@ def test_packing_refuses_what_cannot_stand_in_a_row() -> None:
         pack_conversations(ids, answers, np.array([6]), 5)
     with pytest.raises(ValueError, match="no supervised token"):
         pack_conversations(ids, np.array([0, 1, 1, 1, 0, 0], bool), np.array([3, 3]), 8)
-
-
-def test_rows_of_another_tokenizer_length_or_purpose_are_refused_by_name(
-    prepared: tuple[Path, SftManifest], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    folder = prepared[0]
-    train_tokenizer([" ".join(WORDS) * 3], 270).save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="--tokenizer: .*packed with another tokenizer"):
-        open_sft_rows(folder, SEQ_LEN, tmp_path / "other")
-    with pytest.raises(ValueError, match=f"use --seq_len {SEQ_LEN}"):
-        open_sft_rows(folder, 64, tokenizer_dir)
-    with pytest.raises(FileNotFoundError, match="--data: .*prepare_sft"):
-        open_sft_rows(tmp_path / "gone", SEQ_LEN, tokenizer_dir)
-    (tmp_path / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(ValueError, match="no manifest of conversations"):
-        open_sft_rows(tmp_path, SEQ_LEN, tokenizer_dir)
-
-
-def ready_made(folder: Path, tokenizer_dir: Path, prepared: Path) -> dict[str, list[Any]]:
-    """The rows of a prepared folder in the columns that ready-made data has."""
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "token_ids", "labels", "position_ids", "attention_mask", "length", "type",
-            "num_samples", "sample_lengths",
-        )
-    }  # fmt: skip
-    for row in open_sft_rows(prepared, SEQ_LEN, tokenizer_dir):
-        length = int(row["doc_lens"].sum())
-        columns["token_ids"].append(row["input_ids"].tolist())
-        columns["labels"].append(row["labels"].tolist())
-        positions = np.concatenate([np.arange(n) for n in row["doc_lens"]])
-        columns["position_ids"].append(np.pad(positions, (0, SEQ_LEN - length)).tolist())
-        columns["attention_mask"].append([1] * length + [0] * (SEQ_LEN - length))
-        columns["length"].append(length)
-        columns["type"].append("packed")
-        columns["num_samples"].append(len(row["doc_lens"]))
-        columns["sample_lengths"].append(row["doc_lens"].tolist())
-    return columns
-
-
-def test_ready_made_packed_rows_are_read_as_our_own(
-    prepared: tuple[Path, SftManifest], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    columns = ready_made(tmp_path, tokenizer_dir, prepared[0])
-    pq.write_table(pa.table(columns), tmp_path / "packed.parquet", row_group_size=3)
-    ours = open_sft_rows(prepared[0], SEQ_LEN, tokenizer_dir)
-    theirs = open_sft_rows(tmp_path / "packed.parquet", SEQ_LEN, tokenizer_dir)
-    assert len(ours) == len(theirs) == prepared[1].splits["train"].rows
-    for ours_row, theirs_row in zip(ours, theirs, strict=True):
-        assert ours_row.keys() == theirs_row.keys()
-        for key in ("input_ids", "labels", "doc_lens"):
-            a, b = ours_row[key], theirs_row[key]  # type: ignore[literal-required]
-            assert a.dtype == b.dtype and np.array_equal(a, b)
-    assert len(open_sft_rows(tmp_path, SEQ_LEN, tokenizer_dir, "validation")) == 0
-
-
-def test_ready_made_single_conversations_become_padded_rows(
-    prepared: tuple[Path, SftManifest], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    row = open_sft_rows(prepared[0], SEQ_LEN, tokenizer_dir)[0]
-    n = int(row["doc_lens"][0])
-    ids, labels = row["input_ids"][:n].tolist(), row["labels"][:n].tolist()
-    columns = {"token_ids": [ids], "labels": [labels], "position_ids": [list(range(n))]}
-    columns |= {"attention_mask": [[1] * n], "length": [n], "type": ["single"]}  # type: ignore[dict-item]
-    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
-    (found,) = open_sft_rows(tmp_path, SEQ_LEN, tokenizer_dir)
-    assert found["doc_lens"].tolist() == [n]
-    assert found["input_ids"].tolist() == ids + [0] * (SEQ_LEN - n)
-    assert found["labels"].tolist() == labels + [-100] * (SEQ_LEN - n)
-    with pytest.raises(ValueError, match=rf"row 0: it has {n} tokens; use --seq_len {n}"):
-        open_sft_rows(tmp_path, n - 1, tokenizer_dir)
-
-
-@pytest.mark.parametrize(
-    ("column", "change", "message"),
-    [
-        ("length", lambda v: v - 1, "length is"),
-        ("num_samples", lambda v: v + 1, "sample_lengths has"),
-        ("sample_lengths", lambda v: [*v[:-1], v[-1] + 1], "sample_lengths has"),
-        ("position_ids", lambda v: list(range(len(v))), "position_ids do not count"),
-        ("labels", lambda v: [*v[1:], -100], "labels are not"),
-        ("labels", lambda v: [-100] * len(v), "no token is supervised"),
-        ("token_ids", lambda v: [60000, *v[1:]], "an id outside 0..603; give the --tokenizer"),
-        ("token_ids", lambda v: v[:-1], "differ in size"),
-        ("labels", None, "lacks the columns labels"),
-        ("num_samples", None, "lacks the columns num_samples"),
-    ],
-)  # fmt: skip
-def test_ready_made_row_that_does_not_hold_together_is_refused_by_name(
-    prepared: tuple[Path, SftManifest],
-    tokenizer_dir: Path,
-    tmp_path: Path,
-    column: str,
-    change: Any,
-    message: str,
-) -> None:
-    columns = ready_made(tmp_path, tokenizer_dir, prepared[0])
-    if change is None:
-        del columns[column]
-    else:
-        place = next(i for i, lengths in enumerate(columns["sample_lengths"]) if len(lengths) > 1)
-        columns[column][place] = change(columns[column][place])
-    pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match=f"--data: .*bad.parquet.*{message}"):
-        list(open_sft_rows(tmp_path, SEQ_LEN, tokenizer_dir))
-
-
-def test_ready_made_rows_of_another_tokenizer_are_refused(
-    prepared: tuple[Path, SftManifest], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    columns = ready_made(tmp_path, tokenizer_dir, prepared[0])
-    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    other = tmp_path / "other"
-    texts = ["".join(random.Random(i).choices("qwertyuiop asdf", k=80)) for i in range(200)]
-    train_tokenizer(texts, 650).save_pretrained(str(other))
-    with pytest.raises(ValueError, match="--tokenizer: .* was not made with"):
-        open_sft_rows(tmp_path / "rows.parquet", SEQ_LEN, other)

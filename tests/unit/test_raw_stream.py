@@ -83,7 +83,7 @@ def write_packed(folder: Path, files: list[int], tokenizer: Path) -> None:
 
 
 def trained(texts: list[str]) -> Counter[str]:
-    return Counter(t for t in texts if not raw_stream._is_held_out(raw_stream.Document(t, "")))
+    return Counter(t for t in texts if not raw_stream.is_held_out(raw_stream.Document(t, "")))
 
 
 def test_a_row_has_the_fields_and_types_of_a_packed_one(tmp_path: Path, open_raw: Any) -> None:

@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mini_llm.training.arguments import PretrainArguments, check_arguments, parse_arguments
+from mini_llm.training.arguments import (
+    PretrainArguments,
+    RunArguments,
+    SftArguments,
+    check_arguments,
+    parse_arguments,
+    steps_of_epochs,
+)
 
 QUICKSTART = "recipes/configs/quickstart/pretrain.yaml"
-CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("recipes/configs/*/pretrain.yaml"))
+CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("recipes/configs/*/*.yaml"))
+ARGUMENTS_OF: dict[str, type[RunArguments]] = {"pretrain": PretrainArguments, "sft": SftArguments}
 
 
 def parse(*words: str, config: str = QUICKSTART) -> PretrainArguments:
@@ -25,10 +33,26 @@ def error_of(capsys, *words: str, config: str = QUICKSTART) -> str:
     return text
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_yaml_parses_and_divides_its_batch_on_one_rank(config):
-    args = parse("--config", str(config))
+    args = parse_arguments(ARGUMENTS_OF[config.stem], str(config), [])
     check_arguments(args, world_size=1)
+
+
+def test_every_model_has_both_yamls():
+    folders = {config.parent.name for config in CONFIGS}
+    assert folders == {"quickstart", "mini_llama3", "mini_deepseekv3", "mini_qwen3_next"}
+    assert len(CONFIGS) == 2 * len(folders)
+
+
+def test_epochs_become_steps_and_raw_data_whose_rows_nobody_counted_is_refused():
+    config = "recipes/configs/quickstart/sft.yaml"
+    args = parse_arguments(SftArguments, config, ["--num_train_epochs", "1.5"])
+    rows = args.rows_per_step()
+    assert steps_of_epochs(args, 10 * rows) == 15
+    assert steps_of_epochs(args, 10 * rows + 1) == 16  # the last rows are not left out
+    with pytest.raises(ValueError, match="--num_train_epochs: .*--max_steps"):
+        steps_of_epochs(args, None)
 
 
 def test_the_command_line_wins_over_the_yaml():

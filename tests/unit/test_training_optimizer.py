@@ -3,7 +3,7 @@
 import torch
 
 from mini_llm import build_model
-from mini_llm.training.optimizer import build_optimizer, learning_rate_at
+from mini_llm.training.optimizer import build_optimizer, describe_optimizer, learning_rate_at
 
 
 def test_matrices_decay_and_norm_weights_do_not():
@@ -27,6 +27,28 @@ def test_a_partitioned_matrix_decays_by_its_real_shape():
         model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8
     )
     assert len(optimizer.param_groups[0]["params"]) == 1
+
+
+def test_the_fused_update_is_that_of_single_operations():
+    def trained(fused: bool) -> tuple[str, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = build_model("mini_qwen3_next_tiny", vocab_size=64)  # has a 3-dimensional filter too
+        optimizer = build_optimizer(
+            model, learning_rate=1e-2, weight_decay=0.5, betas=(0.9, 0.95), epsilon=1e-8
+        )
+        if not fused:
+            for group in optimizer.param_groups:
+                group["fused"] = None
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return describe_optimizer(optimizer), [p.detach() for p in model.parameters()]
+
+    (name, fused), (plain_name, plain) = trained(True), trained(False)
+    assert (name, plain_name) == ("AdamW (fused)", "AdamW")
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
 def test_schedule_warms_up_linearly_peaks_and_falls_to_the_given_share():

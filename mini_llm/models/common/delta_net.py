@@ -97,6 +97,8 @@ def delta_rule_reference(
     return torch.stack(outputs, 1).to(query_BTKk.dtype), state
 
 
+# torch.compile would unroll the loop over chunks: 4 more generated kernels a chunk and layer kind.
+@torch.compiler.disable
 def delta_rule_chunked(
     query_BTKk: torch.Tensor,
     key_BTKk: torch.Tensor,

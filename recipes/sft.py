@@ -1,0 +1,398 @@
+"""Fine-tune a pretrained model on packed conversations, supervised on what the assistant says.
+
+    accelerate launch recipes/sft.py                            # the quickstart, as it stands
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
+        recipes/sft.py --config recipes/configs/mini_llama3/sft.yaml --max_steps 100
+
+Reads top to bottom as pretrain.py does: check → engine → model → resume → loop → finish. A row
+holds many conversations that cannot see each other. The loss is that of the assistant's tokens,
+normalised by their number in the whole optimizer step; so a row's other tokens, its padding and
+the way that conversations share rows and ranks weigh nothing.
+"""
+
+# ruff: noqa: E402
+import sys
+from pathlib import Path
+
+# A recipe runs the code beside it, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mini_llm.training.arguments import (
+    SftArguments,
+    check_arguments,
+    parse_arguments,
+    steps_of_epochs,
+    stop,
+)
+
+if __name__ == "__main__":  # --help and mistyped flags answer before the slow imports below
+    ARGS = parse_arguments(SftArguments, "recipes/configs/quickstart/sft.yaml")
+
+from mini_llm.parallel import watchdog
+from mini_llm.parallel.environment import prepare_environment, rank, world_size
+
+prepare_environment()  # DeepSpeed and transformers read it when they are imported
+watchdog.end_with_launcher()
+
+import math
+
+import torch
+from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from mini_llm.data import (
+    collate,
+    load_tokenizer,
+    one_document_per_row,
+    open_sft_stream,
+    open_sft_validation,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+)
+from mini_llm.data.quickstart import build_quickstart_conversations
+from mini_llm.hub.export import chat_generation_config, save_final
+from mini_llm.hub.model_card import card_facts
+from mini_llm.models import check_model, load_model, pretrained_folder
+from mini_llm.parallel import engine
+from mini_llm.parallel.agreement import check_ranks_agree
+from mini_llm.parallel.compile import compile_layers
+from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
+from mini_llm.training.bad_steps import BadSteps
+from mini_llm.training.balancing import take_expert_load, update_expert_bias
+from mini_llm.training.banner import print_banner, print_dry_run
+from mini_llm.training.checkpoint import (
+    find_checkpoint,
+    load_newest,
+    read_state,
+    save_checkpoint,
+    stream_state,
+)
+from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
+from mini_llm.training.interruption import Interruption, note_the_stop
+from mini_llm.training.losses import combine_losses, mtp_options
+from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
+from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from mini_llm.training.plots import plot_attention_mask, plot_loss, plot_packing
+from mini_llm.training.rejected import describe_rejected, rejected_rows
+from mini_llm.training.run_folder import (
+    check_run_folder,
+    check_tokenizer_of_model,
+    run_identity,
+    write_config,
+    write_run_facts,
+)
+from mini_llm.training.run_lock import RunLock
+from mini_llm.training.samples import ChatSamples, check_chat_prompts
+from mini_llm.training.sizes import count_parameters, training_flops_per_token
+
+
+def main(args: SftArguments) -> None:
+    output_dir = Path(args.output_dir)
+
+    # ---- Check: whatever can be wrong is found before anything is built --------------------------
+    try:
+        check_arguments(args, world_size())
+        check_chat_prompts(args.sample_prompts)
+        pretrained = pretrained_folder(args.model)
+        args.tokenizer = args.tokenizer or str(pretrained)
+        if args.quickstart_data:
+            build_quickstart_conversations(output_dir.parent / "data")
+        tokenizer = load_tokenizer(args.tokenizer)
+        check_model(str(pretrained), vocab_size=len(tokenizer))
+        stream = open_sft_stream(
+            args.data,
+            seq_len=args.seq_len,
+            seed=args.seed,
+            rows_per_step=args.rows_per_step(),
+            rank=rank(),
+            world_size=world_size(),
+            tokenizer=args.tokenizer,
+        )
+        if args.num_train_epochs:
+            args.max_steps = steps_of_epochs(args, stream.rows_per_epoch)
+            check_arguments(args, world_size())
+        fingerprint = tokenizer_fingerprint(args.tokenizer)
+        check_tokenizer_of_model(pretrained, args.tokenizer, fingerprint)
+        identity = run_identity(args, fingerprint, stream.fingerprint)
+        check_run_folder(output_dir, identity)
+        lock = RunLock(output_dir)
+        if not args.dry_run:
+            lock.take(rank())  # one run at a time in a folder
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        if checkpoint:
+            state = read_state(checkpoint)
+            stream.load_state_dict(state["stream"])
+        stream.start()
+        held_out = load_held_out(args, open_sft_validation, rank=rank(), world_size=world_size())
+    except (ValueError, OSError) as error:
+        stop(str(error))
+
+    start_step = state["step"] if checkpoint else 0
+    last_step = min(args.max_steps, args.stop_at_step or args.max_steps)
+    finished = (output_dir / "final").exists() or last_step < args.max_steps
+    if start_step >= last_step and finished and not args.dry_run:
+        if rank() == 0:
+            print(f"{output_dir} is already at step {start_step}; nothing to do", flush=True)
+        stream.close()
+        return
+
+    # ---- Engine: DeepSpeed ZeRO 0–3, DDP or one process, as the Accelerate config says -----------
+    accumulation = args.gradient_accumulation_steps(world_size())
+    try:
+        accelerator = engine.build_accelerator(
+            args.deepspeed,
+            micro_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=args.max_grad_norm,
+            bf16=args.bf16,
+            timeout_seconds=args.ddp_timeout,
+            log_with=args.trackers,
+            project_dir=output_dir,
+        )
+        check_ranks_agree(
+            {"arguments": str(args), "data": stream.fingerprint, "checkpoint": str(checkpoint)}
+        )
+    except (RuntimeError, ValueError) as error:
+        stop(str(error))
+    if not args.dry_run:
+        lock.join()
+        if accelerator.is_main_process:
+            write_config(output_dir, args)
+
+    # ---- Model: the pretrained weights, in fp32 whatever they were saved in ---------------------
+    disable_progress_bar()  # for loading and saving a hundred megabytes
+    set_seed(args.seed)
+    model = load_model(pretrained, dtype=torch.float32)
+    try:
+        model.set_attn_implementation(args.attn_implementation)
+    except (ValueError, ImportError) as error:
+        stop(f"--attn_implementation {args.attn_implementation}: {error}")
+    model.generation_config = chat_generation_config(tokenizer)
+    forward_options = mtp_options(model, weight=args.mtp_loss_weight)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        try:
+            compile_layers(model, accelerator.device)
+        except RuntimeError as error:
+            stop(f"--torch_compile true: {error}")
+    config, parameters = model.config, count_parameters(model)
+    if args.dry_run:
+        print_dry_run(
+            args, accelerator, config, parameters, tokenizer, [next(stream), next(stream)]
+        )
+        stream.close()
+        engine.leave(accelerator)
+
+    optimizer = build_optimizer(
+        model.to(accelerator.device),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
+    tokens = TokenCounter(accelerator, sources=list(args.data))
+    bad_steps = BadSteps(args, accelerator)
+    if checkpoint:
+        try:
+            load_engine_state(
+                accelerator,
+                model,
+                optimizer,
+                checkpoint / "engine",
+                written_by=state["engine"],
+                scratch=output_dir / "checkpoints",
+            )
+        except EngineMismatch as error:
+            stop(str(error))
+        tokens.load_state_dict(state["tokens"])
+        bad_steps.load_state_dict(state["bad_steps"])
+
+    token_bytes = token_byte_lengths(tokenizer)
+    start_trackers(accelerator, args, start_step=start_step)
+    samples = ChatSamples(
+        accelerator,
+        tokenizer,
+        output_dir,
+        args.sample_prompts,
+        max_new_tokens=args.sample_max_new_tokens,
+        start_step=start_step,
+    )
+    log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
+    throughput = Throughput(
+        training_flops_per_token(config, parameters, args.seq_len),
+        accelerator.device,
+        accelerator.num_processes,
+    )
+    print_banner(args, accelerator, model, parameters, held_out, start_step)
+    evaluation: dict[str, float] = {}
+    interruption = Interruption(max_hours=args.max_hours, save_minutes=args.save_minutes)
+
+    # ---- Loop: one iteration is one optimizer step -----------------------------------------------
+    watchdog.end_if_stuck(args.ddp_timeout)
+    model.train()
+    gradient_bytes = evaluated_at = 0
+    step = start_step
+    while step < last_step:
+        step += 1
+        micro_batches = []
+        for _ in range(accumulation):
+            rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
+            tokens.add(rows)
+            computed = rows if args.packing else one_document_per_row(rows)
+            micro_batches.append(collate(computed, accelerator.device))
+
+        # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
+        # micro-batches: long and short answers weigh by their tokens, wherever they were packed.
+        num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
+        sums = torch.tensor([num_targets, *interruption.wishes()], device=accelerator.device)
+        sums = accelerator.reduce(sums, "sum")
+
+        set_learning_rate(
+            optimizer,
+            learning_rate := learning_rate_at(
+                step,
+                peak=args.learning_rate,
+                max_steps=args.max_steps,
+                warmup_steps=args.warmup,
+                min_lr_ratio=args.min_lr_ratio,
+                schedule=args.lr_scheduler_type,
+                decay_steps=args.decay,
+            ),
+        )
+        step_losses: dict[str, torch.Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            with engine.accumulate(model, last=i == accumulation - 1):
+                outputs = model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    labels=batch["labels"],
+                    num_items_in_batch=sums[0],
+                    use_cache=False,
+                    **forward_options,
+                )
+                loss, parts = combine_losses(
+                    outputs,
+                    mtp_weight=args.mtp_loss_weight,
+                    balance_weight=args.balance_loss_weight,
+                    micro_batches=accumulation * accelerator.num_processes,
+                )
+                engine.backward(accelerator, model, loss)
+            for name, part in parts.items():
+                step_losses[name] = step_losses.get(name, 0) + part.float()
+            if step == start_step + 1:
+                gradient_bytes = max(gradient_bytes, engine.gradient_bytes(model, optimizer))
+        grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        load = take_expert_load(model)  # None for a model without experts
+        fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
+        if fault is not None:
+            log.say(f"step {step} went wrong: {fault} (--bad_step_policy {args.bad_step_policy})")
+            if args.bad_step_policy == "stop":
+                raise RuntimeError(f"step {step} went wrong: {fault}; see --bad_step_policy")
+            if args.bad_step_policy == "rewind":
+                bad_steps.rewind()
+                state = load_newest(accelerator, model, optimizer, output_dir)
+                step = state["step"]
+                tokens.load_state_dict(state["tokens"])
+                log.rewind(step)
+                continue
+        elif load is not None and args.expert_bias_update_speed:
+            update_expert_bias(model, load, speed=args.expert_bias_update_speed)
+        throughput.add(args.global_batch_tokens)
+        log.advance()
+
+        if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
+            held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
+            write_run_facts(output_dir, args, accelerator, model, identity, held)
+            if accelerator.is_main_process:
+                plot_packing(output_dir, rows)
+                plot_attention_mask(output_dir, rows[0])
+
+        # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
+        interruption.agree(sums[1:])
+        is_last = step == last_step or interruption.stop_now
+        metrics: dict[str, float | None] = {}
+        if step == 1 or step % args.logging_steps == 0 or is_last:
+            losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
+            metrics |= dict(zip(step_losses, losses, strict=True))
+            metrics["train/perplexity"] = math.exp(min(losses[0], 700.0))
+            metrics["train/grad_norm"] = float(grad_norm)
+            metrics["train/lr"] = learning_rate
+            metrics["train/bad_steps"] = bad_steps.count
+            metrics["train/supervised_tokens"] = float(sums[0])
+            if stream.rows_per_epoch is not None:
+                metrics["train/epoch"] = step * args.rows_per_step() / stream.rows_per_epoch
+            metrics |= tokens.read()
+            for name, reasons in rejected_rows(stream).items():
+                metrics[f"data/{name}/rejected"] = reasons.total()
+            metrics |= throughput.read()
+            if load is not None:
+                metrics |= load.metrics()
+        if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
+            evaluation = evaluate(
+                accelerator,
+                model,
+                held_out,
+                batch_size=args.per_device_eval_batch_size,
+                token_bytes=token_bytes,
+            )
+            metrics |= evaluation | samples.take(model, step)
+            evaluated_at = step
+            throughput.restart()
+        if metrics:
+            log.write(step, metrics)
+        save_is_due = args.save_steps and step % args.save_steps == 0
+        if is_last or save_is_due or interruption.save_now:
+            saved = save_checkpoint(
+                accelerator,
+                model,
+                tokenizer,
+                output_dir,
+                step=step,
+                state={
+                    "engine": describe_engine(accelerator, model),
+                    "stream": stream_state(stream),
+                    "tokens": tokens.state_dict(),
+                    "bad_steps": bad_steps.state_dict(),
+                },
+                total_limit=args.save_total_limit,
+                milestone_steps=args.milestone_steps,
+                eval_loss=mean_loss(evaluation) if evaluated_at == step else None,
+            )
+            log.say(f"saved {saved}")
+            interruption.saved()
+            throughput.restart()
+        if interruption.stop_now:
+            log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
+            note_the_stop()
+            break
+
+    # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
+    for line in describe_rejected(rejected_rows(stream)):
+        log.say(line)
+    stream.close()
+    log.close()
+    interruption.close()
+    watchdog.rest()
+    if step == args.max_steps:
+        card = card_facts(
+            args,
+            accelerator,
+            model,
+            tokens=tokens.total(),
+            evaluation=evaluation,
+            fine_tuned=True,
+        )
+        save_final(accelerator, model, tokenizer, output_dir / "final", card)
+        if accelerator.is_main_process:
+            print(f"drew {plot_loss(output_dir)}")
+            print(samples.text(), end="")
+            print(f"the fine-tuned model is in {output_dir / 'final'}", flush=True)
+    engine.leave(accelerator)
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,107 @@
+"""What leaves the project: a chat model's folder, and its card."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mini_llm import build_model
+from mini_llm.data.conversations import ChatEncoder
+from mini_llm.data.tokenizer import load_tokenizer
+from mini_llm.hub.export import base_generation_config, chat_generation_config, save_final
+from mini_llm.hub.model_card import card_facts
+from tests.unit.prepare_fixtures import make_tokenizer
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "训练 what?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("export") / "tokenizer")
+
+
+def export(tokenizer_dir: Path, folder: Path, *, fine_tuned: bool) -> Path:
+    """``final/`` of a tiny model and its card, as a recipe writes them."""
+    tokenizer: Any = load_tokenizer(tokenizer_dir)
+    accelerator = Accelerator(cpu=True)
+    model = build_model("mini_llama3_tiny", vocab_size=len(tokenizer), num_hidden_layers=1)
+    config = chat_generation_config if fine_tuned else base_generation_config
+    model.generation_config = config(tokenizer)
+    args = SimpleNamespace(
+        run_name=None,
+        output_dir="runs/one",
+        model="runs/base/final" if fine_tuned else "mini_llama3_tiny",
+        max_steps=3,
+        global_batch_tokens=64,
+        seq_len=32,
+        data={"a": {"path": "p", "weight": 2}},
+        learning_rate=1e-4,
+    )
+    facts = card_facts(
+        args, accelerator, model, tokens=99, evaluation={"eval/a/loss": 1.5}, fine_tuned=fine_tuned
+    )
+    save_final(accelerator, model, tokenizer, folder / "final", facts)
+    return folder / "final"
+
+
+def test_plain_transformers_reads_the_chat_template_and_both_end_tokens(tokenizer_dir, tmp_path):
+    final = export(tokenizer_dir, tmp_path, fine_tuned=True)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    model = AutoModelForCausalLM.from_pretrained(final)
+    im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert model.generation_config.eos_token_id == [im_end, end_of_text]
+    assert GenerationConfig.from_pretrained(final).eos_token_id == [im_end, end_of_text]
+    assert (final / "chat_template.jinja").is_file()
+    # The rendered prompt is what training saw before the answer.
+    asked = tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    answer = {"role": "assistant", "content": "x"}
+    trained_on = ChatEncoder(tokenizer_dir).encode([*MESSAGES, answer]).input_ids
+    length = asked["input_ids"].shape[1]
+    assert asked["input_ids"][0].tolist() == trained_on[:length].tolist()
+    # generate ends a sequence at either of them: force one after two tokens.
+    for end in (im_end, end_of_text):
+        output = model.generate(
+            **asked,
+            max_new_tokens=9,
+            logits_processor=[
+                lambda ids, scores, end=end: scores.index_fill(
+                    1, ids.new_tensor([end if ids.shape[1] == length + 2 else 5]), 1e9
+                )
+            ],
+        )
+        assert output[0, length:].tolist() == [5, 5, end]
+
+
+def test_a_tokenizer_without_the_end_of_a_turn_is_refused():
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"<|endoftext|>": 0}, name_or_path="some/folder")
+    with pytest.raises(ValueError, match=r"^--tokenizer: some/folder has no <\|im_end\|> token"):
+        chat_generation_config(tokenizer)
+
+
+def test_card_says_where_a_model_comes_from_and_how_to_chat_with_it(
+    tokenizer_dir, tmp_path, capsys, monkeypatch
+):
+    final = export(tokenizer_dir, tmp_path, fine_tuned=True)
+    card = (final / "README.md").read_text()
+    assert "A chat model (LlamaForCausalLM) of " in card
+    assert "fine-tuned from `runs/base/final` with mini-llm." in card and "pretrained" not in (
+        card.replace("from_pretrained", "")
+    )
+    assert "| eval/a/loss | 1.5000 |" in card
+    # Its example runs as it stands, in that folder's place.
+    example = (
+        card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(final))
+    )
+    exec(example.replace("max_new_tokens=256", "max_new_tokens=4"), {})
+    assert capsys.readouterr().out.endswith("\n")
+
+    base = (export(tokenizer_dir, tmp_path / "base", fine_tuned=False) / "README.md").read_text()
+    assert (
+        "A `mini_llama3_tiny` (LlamaForCausalLM) of " in base and "pretrained with mini-llm" in base
+    )
+    assert "apply_chat_template" not in base and "fine-tuned" not in base
