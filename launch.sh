@@ -361,7 +361,8 @@ cmd_test() {
   require_setup test
   # Nothing may be fetched, and small ranks on few cores must not fight for threads.
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1
-  exec "$VENV/bin/python" -m pytest -m "$marker" ${flags[@]+"${flags[@]}"}
+  # Two files at a time: much of a launch is waiting. -n 0 runs them one after the other.
+  exec "$VENV/bin/python" -m pytest -m "$marker" -n 2 --dist loadfile ${flags[@]+"${flags[@]}"}
 }
 
 cmd_quickstart() {

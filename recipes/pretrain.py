@@ -296,7 +296,7 @@ def main(args: PretrainArguments) -> None:
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
             held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
-            write_run_facts(output_dir, args, accelerator, model, identity, held)
+            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held)
 
         # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
         interruption.agree(sums[1:])

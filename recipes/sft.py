@@ -306,7 +306,7 @@ def main(args: SftArguments) -> None:
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
             held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
-            write_run_facts(output_dir, args, accelerator, model, identity, held)
+            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held)
             if accelerator.is_main_process:
                 plot_packing(output_dir, rows)
                 plot_attention_mask(output_dir, rows[0])

@@ -2,7 +2,9 @@
 
 Under DeepSpeed Accelerate ignores its own ``--dynamo_backend``, so the layers are compiled here,
 before ``accelerator.prepare``. Layer by layer, the layers of one kind share a compiled graph, and
-gradient checkpointing, which lies around a layer, and ZeRO-3's gathering stay as they are.
+gradient checkpointing, which lies around a layer, and ZeRO-3's gathering stay as they are. What
+would make a graph anew for other documents or unroll a loop over the row says so where it stands
+(``torch.compiler.disable``): packed attention on a CPU and the chunked delta rule.
 """
 
 import os

@@ -99,6 +99,7 @@ def write_run_facts(
     args: RunArguments,
     accelerator: Any,
     model: Any,
+    optimizer: Any,
     identity: dict[str, Any],
     held: dict[str, int],
 ) -> None:
@@ -123,8 +124,7 @@ def write_run_facts(
         "versions": versions(),
         "kernels": {
             **kernels_in_use(unwrapped.config, half_precision=args.bf16),
-            # The one that prepare() wrapped; Accelerate has no public name for it.
-            "optimizer": describe_optimizer(accelerator._optimizers[-1]),
+            "optimizer": describe_optimizer(optimizer),
         },
         "data_fingerprint": identity["data_fingerprint"],
         "identity": identity,

@@ -18,7 +18,8 @@ def test_rejected_rows_of_all_ranks_are_summed_by_reason_and_described(monkeypat
     total = rejected_rows(stream)
     assert total == {"web": {"empty": 2003, "not_utf8": 1}, "chat": {}}
     assert describe_rejected(total) == [
-        "web: 2,004 rows or lines were nothing to train on and were left out (2,003 empty, 1 not_utf8)"
+        "web: 2,004 rows or lines were nothing to train on and were left out "
+        "(2,003 empty, 1 not_utf8)"
     ]
 
 
