@@ -41,7 +41,11 @@ from mini_llm.data import (
     token_byte_lengths,
     tokenizer_fingerprint,
 )
-from mini_llm.data.quickstart import build_quickstart_data
+from mini_llm.data.quickstart import (
+    QUICKSTART_FOLDER,
+    build_quickstart_data,
+    is_quickstart_data,
+)
 from mini_llm.hub.export import base_generation_config, save_final
 from mini_llm.hub.model_card import card_facts
 from mini_llm.models import build_model, check_model, is_checkpoint, load_model
@@ -84,8 +88,8 @@ def main(args: PretrainArguments) -> None:
     # ---- Check: whatever can be wrong is found before anything is built --------------------------
     try:
         check_arguments(args, world_size())
-        if args.quickstart_data:
-            build_quickstart_data(Path(args.tokenizer).parent)
+        if args.quickstart_data and is_quickstart_data(args.data):
+            build_quickstart_data(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
         check_model(args.model, vocab_size=len(tokenizer))
         stream = open_stream(

@@ -49,7 +49,11 @@ from mini_llm.data import (
     token_byte_lengths,
     tokenizer_fingerprint,
 )
-from mini_llm.data.quickstart import build_quickstart_conversations
+from mini_llm.data.quickstart import (
+    QUICKSTART_FOLDER,
+    build_quickstart_conversations,
+    is_quickstart_data,
+)
 from mini_llm.hub.export import chat_generation_config, save_final
 from mini_llm.hub.model_card import card_facts
 from mini_llm.models import check_model, load_model, pretrained_folder
@@ -95,8 +99,8 @@ def main(args: SftArguments) -> None:
         check_chat_prompts(args.sample_prompts)
         pretrained = pretrained_folder(args.model)
         args.tokenizer = args.tokenizer or str(pretrained)
-        if args.quickstart_data:
-            build_quickstart_conversations(output_dir.parent / "data")
+        if args.quickstart_data and is_quickstart_data(args.data):
+            build_quickstart_conversations(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
         check_model(str(pretrained), vocab_size=len(tokenizer))
         stream = open_sft_stream(

@@ -46,6 +46,7 @@ def launch(
     check: bool = True,
     cwd: Path = REPOSITORY,
     env: dict[str, str] | None = None,
+    seconds: float = SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``accelerate launch … recipes/RECIPE.py flags``; stdout and stderr come together.
 
@@ -58,7 +59,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=SECONDS,
+        timeout=seconds,
     )
     assert not check or done.returncode == 0, done.stdout
     return done

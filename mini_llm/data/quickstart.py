@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .manifest import MANIFEST_NAME
 
@@ -22,8 +23,15 @@ MAX_BYTES = 8_000_000
 # About 80,000 of 2.1 million tokens.
 VALIDATION_FRACTION = 0.03
 DONE_NAME = ".done"
+QUICKSTART_FOLDER = Path("output/quickstart/data")
 # The ranks of a launcher carry the variables of their process group; a tool is no rank.
 LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def is_quickstart_data(data: Mapping[str, Any]) -> bool:
+    """Whether --data names a folder in `QUICKSTART_FOLDER`: a run of one's own builds nothing."""
+    paths = [source.get("path") for source in data.values() if isinstance(source, Mapping)]
+    return any(Path(path).parent == QUICKSTART_FOLDER for path in paths if isinstance(path, str))
 
 
 def build_quickstart_data(folder: str | Path) -> None:

@@ -156,7 +156,9 @@ class PretrainArguments(RunArguments):
         {},
     )
     quickstart_data: bool = _arg(
-        "first build the quickstart corpus, tokenizer and packed rows if they are missing", False
+        "first build the quickstart corpus, tokenizer and packed rows if --data names them and "
+        "they are missing",
+        False,
     )
     mtp_loss_weight: float = _arg("weight of the multi-token-prediction loss", 0.3)
     mtp_loss_final_weight: float = _arg("… in the last third of the run", 0.1)
@@ -176,7 +178,9 @@ class SftArguments(RunArguments):
         {},
     )
     quickstart_data: bool = _arg(
-        "first build the quickstart's conversations and pack them if they are missing", False
+        "first build and pack the quickstart's conversations if --data names them and they are "
+        "missing",
+        False,
     )
     packing: bool = _arg(
         "pack many conversations into a row; false computes each in a row of its own, padded: the "

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import make_quickstart_corpus, prepare_pretrain, train_tokenizer
+from mini_llm.data import quickstart
 from mini_llm.data.manifest import Manifest, load_manifest
 from mini_llm.data.stream import validation_rows
 from mini_llm.data.text_files import conversation_text
@@ -420,6 +421,12 @@ quickstart.MAX_BYTES = 400_000
 quickstart.BASE_VOCAB_SIZE = 500
 quickstart.build_quickstart_data(Path(sys.argv[1]))
 """
+
+
+def test_a_run_on_data_of_its_own_builds_no_quickstart_data() -> None:
+    own = {"own": {"path": "data/packed"}, "list": {"path": ["a.jsonl"]}, "wrong": 1}
+    assert not quickstart.is_quickstart_data(own)
+    assert quickstart.is_quickstart_data({"q": {"path": "output/quickstart/data/packed_sft"}})
 
 
 @pytest.mark.slow
