@@ -71,16 +71,24 @@ def save_checkpoint(
         if accelerator.is_main_process:
             write_file_list(aside)
             if complete.exists():
-                shutil.rmtree(complete)
+                _remove(complete)
             aside.rename(complete)
             flush_directory(folder)
     except Exception as error:
         raise _not_written(error, aside, step) from error
     if accelerator.is_main_process:
         for old in _superseded(list_checkpoints(output_dir), step, total_limit, milestone_steps):
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return complete
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; if the run is killed meanwhile, what is left does not look like one."""
+    leftover = checkpoint.with_name(f".{checkpoint.name}-removed{_PARTIAL}")
+    shutil.rmtree(leftover, ignore_errors=True)
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def _not_written(error: Exception, aside: Path, step: int) -> OSError:

@@ -191,6 +191,26 @@ def test_failed_save_leaves_no_half_checkpoint_and_the_earlier_ones_whole(
     assert save(30)[-1] == "30"
 
 
+def test_a_run_killed_while_it_removes_a_checkpoint_leaves_none_that_looks_whole(
+    tmp_path, monkeypatch
+):
+    old, newest = make(tmp_path, 5), make(tmp_path, 10)
+
+    def killed(path: Path, **kwargs: Any) -> None:
+        if path.exists():
+            (path / "state.json").unlink()  # the first file is gone, then the process
+            raise SystemExit
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(SystemExit):
+        checkpoints._remove(old)
+    monkeypatch.undo()
+    assert list_checkpoints(tmp_path) == [newest]
+    assert find_checkpoint(tmp_path, "auto") == newest
+    remove_leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / "checkpoints/.step-30.partial/engine").mkdir(parents=True)
     remove_leftovers(tmp_path)
