@@ -53,6 +53,7 @@ from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
 from mini_llm.parallel.compile import compile_layers
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
+from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
@@ -135,6 +136,7 @@ def main(args: PretrainArguments) -> None:
             gradient_accumulation_steps=accumulation,
             max_grad_norm=args.max_grad_norm,
             bf16=args.bf16,
+            expert_parallel_size=args.expert_parallel_size,
             timeout_seconds=args.ddp_timeout,
             log_with=args.trackers,
             project_dir=output_dir,
@@ -182,6 +184,10 @@ def main(args: PretrainArguments) -> None:
         stream.close()
         engine.leave(accelerator)
 
+    try:
+        spread_experts(model, args.expert_parallel_size, rank())
+    except ValueError as error:
+        stop(str(error))
     optimizer = build_optimizer(
         model.to(accelerator.device),
         learning_rate=args.learning_rate,
@@ -190,6 +196,7 @@ def main(args: PretrainArguments) -> None:
         epsilon=args.adam_epsilon,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    wire = find_wire(model)  # None unless experts are spread over ranks
 
     # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
@@ -228,6 +235,8 @@ def main(args: PretrainArguments) -> None:
     step = start_step
     while step < last_step:
         step += 1
+        if wire is not None:
+            wire.read()  # what evaluation sent is no part of a step
         micro_batches = []
         for _ in range(accumulation):
             rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
@@ -317,8 +326,9 @@ def main(args: PretrainArguments) -> None:
             for name, reasons in rejected_rows(stream).items():
                 metrics[f"data/{name}/rejected"] = reasons.total()
             metrics |= throughput.read()
+            metrics |= wire_metrics(accelerator, wire)
             if load is not None:
-                metrics |= load.metrics()
+                metrics |= load.metrics(args.expert_parallel_size)
         if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
             evaluation = evaluate(
                 accelerator,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from mini_llm.data.tokenizer import IM_END
+from mini_llm.parallel.expert_parallel import stock_state_dict
 
 from .model_card import write_model_card
 
@@ -20,7 +21,7 @@ def save_stock_checkpoint(
 
     Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes.
     """
-    state_dict = accelerator.get_state_dict(model)
+    state_dict = stock_state_dict(accelerator, model)
     if not accelerator.is_main_process:
         return
     unwrapped: Any = accelerator.unwrap_model(model)

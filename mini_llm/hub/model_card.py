@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_llm.parallel.engine import describe
+from mini_llm.parallel.expert_parallel import expert_parallel_size
 
 CARD = """---
 library_name: transformers
@@ -67,13 +68,17 @@ def card_facts(
     ``fine_tuned``: a chat model, whose weights come from ``args.model``.
     """
     unwrapped = accelerator.unwrap_model(model)
-    shapes = (getattr(p, "ds_shape", p.shape) for p in unwrapped.parameters())  # ZeRO-3 splits them
+    size = expert_parallel_size(unwrapped)
+    parameters = 0
+    for parameter in unwrapped.parameters():
+        whole = math.prod(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 splits them
+        parameters += whole * (1 if getattr(parameter, "allreduce", True) else size)
     return {
         "name": args.run_name or Path(args.output_dir).name,
         "model": args.model,
         "fine_tuned": fine_tuned,
         "architecture": unwrapped.stock_architecture,
-        "parameters": sum(math.prod(shape) for shape in shapes),
+        "parameters": parameters,
         "steps": args.max_steps,
         "tokens": tokens,
         "global_batch_tokens": args.global_batch_tokens,

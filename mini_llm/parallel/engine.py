@@ -23,6 +23,7 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
+from .expert_parallel import check_expert_parallel
 from .watchdog import beat
 
 
@@ -33,6 +34,7 @@ def build_accelerator(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 1.0,
     bf16: bool = False,
+    expert_parallel_size: int = 1,
     timeout_seconds: float = 600.0,
     log_with: list[str] | None = None,
     project_dir: str | Path | None = None,
@@ -59,6 +61,7 @@ def build_accelerator(
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "max_grad_norm": max_grad_norm,
             "bf16": bf16,
+            "expert_parallel_size": expert_parallel_size,
         }
         if deepspeed == "none":  # an Accelerate config with its DeepSpeed fields inline
             plugin = DeepSpeedPlugin()
@@ -66,6 +69,15 @@ def build_accelerator(
         else:
             config = json.loads(Path(deepspeed).read_text())
             plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, **arguments))
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
+    check_expert_parallel(
+        expert_parallel_size,
+        zero_stage=zero.get("stage", 0),
+        offloads=any(
+            zero.get(part, {}).get("device", "none") != "none"
+            for part in ("offload_optimizer", "offload_param")
+        ),
+    )
     project = None
     if project_dir is not None:
         logs = str(Path(project_dir) / "logs")
@@ -111,6 +123,7 @@ def fill_deepspeed_config(
     gradient_accumulation_steps: int,
     max_grad_norm: float,
     bf16: bool,
+    expert_parallel_size: int = 1,
 ) -> dict[str, Any]:
     """``config`` with every "auto" replaced by the run's own value.
 
@@ -148,6 +161,9 @@ def fill_deepspeed_config(
                 f'{value!r}; write "auto" there'
             )
         node[key] = value
+    if expert_parallel_size > 1 and stage == 1:
+        # Without it deepspeed 0.19.8 divides the gradients of spread experts by too few ranks.
+        filled["zero_optimization"]["contiguous_gradients"] = True
     _refuse_auto(filled)
     return filled
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from .engine import zero_stage
+from .expert_parallel import expert_parallel_size, expert_shapes
 
 TAG = "pytorch_model"  # the folder in which Accelerate has DeepSpeed save
 WAITING_SECONDS = 0.2
 BUFFERS_NAME = "buffers.pt"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model that loads: (E, F, D) by module, and whether ranks share them."""
+
+    shapes: dict[str, tuple[int, int, int]]
+    spread: bool
 
 
 class EngineMismatch(ValueError):
@@ -46,6 +56,7 @@ def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any
         "zero_stage": stage,
         "world_size": accelerator.num_processes,
         "bf16": accelerator.mixed_precision == "bf16",
+        "expert_parallel_size": expert_parallel_size(model),
     }
 
 
@@ -75,6 +86,7 @@ def load_engine_state(
     Raises EngineMismatch for an engine whose state this one cannot continue.
     """
     here = describe_engine(accelerator, model)
+    written_by = {"expert_parallel_size": 1, **written_by}  # not written before there was a choice
     check_engine(written_by, here, folder)
     if accelerator.is_main_process:
         for leftover in scratch.glob(".universal-*"):  # of a run that was killed while loading
@@ -93,7 +105,11 @@ def load_engine_state(
                     f"{_in_words(here)}",
                     flush=True,
                 )
-            _convert_once(accelerator, folder, universal)
+            experts = Experts(
+                shapes=expert_shapes(accelerator.unwrap_model(model)),
+                spread=here["expert_parallel_size"] > 1,
+            )
+            _convert_once(accelerator, folder, universal, experts)
             _load_universal(accelerator, model, universal)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
@@ -126,7 +142,9 @@ def _in_words(description: dict[str, Any]) -> str:
         "single": "plain PyTorch",
     }[description["kind"]]
     precision = "bf16" if description["bf16"] else "fp32"
-    return f"{name} on {description['world_size']} rank(s) in {precision}"
+    size = description["expert_parallel_size"]
+    experts = f", experts spread over {size}" if size > 1 else ""
+    return f"{name} on {description['world_size']} rank(s) in {precision}{experts}"
 
 
 @contextlib.contextmanager
@@ -183,7 +201,9 @@ def _load_whole(accelerator: Accelerator, folder: Path) -> None:
     hook.remove()
 
 
-def _convert_once(accelerator: Accelerator, folder: Path, universal: Path) -> None:
+def _convert_once(
+    accelerator: Accelerator, folder: Path, universal: Path, experts: Experts
+) -> None:
     """Have rank 0 write ``universal`` while the others wait, however long it takes.
 
     They wait for a file, for a collective would give up after its time limit.
@@ -191,7 +211,7 @@ def _convert_once(accelerator: Accelerator, folder: Path, universal: Path) -> No
     converted, failed = universal / "converted", universal / "failed"
     if accelerator.is_main_process:
         try:
-            _convert(folder, universal)
+            _convert(folder, universal, experts)
         except BaseException:
             shutil.rmtree(universal, ignore_errors=True)  # a full disk must take the mark
             universal.mkdir(parents=True)
@@ -205,8 +225,11 @@ def _convert_once(accelerator: Accelerator, folder: Path, universal: Path) -> No
     accelerator.wait_for_everyone()
 
 
-def _convert(folder: Path, universal: Path) -> None:
-    """Merge the slices in ``folder`` to ``universal``, complete for any stage and ranks to load."""
+def _convert(folder: Path, universal: Path, experts: Experts) -> None:
+    """Merge the slices in ``folder`` to ``universal``, complete for any stage and ranks to load.
+
+    ``experts`` are those of the model that will load it.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     (universal / TAG).mkdir(parents=True)
@@ -228,6 +251,7 @@ def _convert(folder: Path, universal: Path) -> None:
             )
         )
     _complete(folder / TAG, universal / TAG)
+    rename_experts(universal / TAG / "zero", experts)
     for states in folder.glob("random_states_*.pkl"):
         shutil.copyfile(states, universal / states.name)
 
@@ -248,9 +272,13 @@ def _complete(source: Path, universal: Path) -> None:
     for parameter in {path.parent for path in universal.glob("zero/*/*.pt")}:
         if by_zero3:
             for path in parameter.iterdir():
-                torch.save({"param": _load_trusted(path)}, path)
+                tensor = _load_trusted(path)
+                if torch.is_tensor(tensor):  # those of spread experts are in a dict already
+                    torch.save({"param": tensor}, path)
         torch.save(step, parameter / "step.pt")
-    groups = inner["param_groups"]
+    # A load goes through as many groups as the checkpoint has; spread experts are one more. What
+    # is in them does not matter: this run's own settings are put back (_own_settings).
+    groups = inner["param_groups"] * 2
     optimizer = {
         "ds_version": shard["ds_version"],
         "param_groups": groups,
@@ -266,6 +294,38 @@ def _complete(source: Path, universal: Path) -> None:
         path.unlink()
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         torch.save({**engine, "module": None}, universal / name)
+
+
+def rename_experts(zero: Path, experts: Experts) -> None:
+    """Give whole experts the names that they have where they are spread, or where they are not.
+
+    ``zero`` has a folder for each parameter. Spread (spread_experts.py) they are ``w1`` (gate),
+    ``w2`` (down) and ``w3`` (up), each (E, …), else the stock ``gate_up_proj`` and ``down_proj``.
+    """
+    for stem, (E, F, D) in experts.shapes.items():
+        split = {weight: zero / f"{stem}.experts.{weight}" for weight in ("w1", "w2", "w3")}
+        stock = {weight: zero / f"{stem}.{weight}" for weight in ("gate_up_proj", "down_proj")}
+        there, here = (stock, split) if experts.spread else (split, stock)
+        if not all(folder.is_dir() for folder in there.values()):
+            continue  # they have the right names already, or are frozen
+        step = next(iter(there.values())) / "step.pt"
+        for folder in here.values():
+            folder.mkdir()
+            shutil.copyfile(step, folder / "step.pt")
+        for kind in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
+            old = {name: _load_trusted(path / kind)["param"] for name, path in there.items()}
+            if experts.spread:  # as ZeRO-3 wrote them, they are flat
+                gate, up = old["gate_up_proj"].view(E, 2 * F, D).chunk(2, dim=1)
+                new = {"w1": gate, "w2": old["down_proj"].view(E, D, F), "w3": up}
+                mark = {"is_expert_param": True, "ep_num_experts": E}
+            else:
+                new = {"gate_up_proj": torch.cat([old["w1"], old["w3"]], 1), "down_proj": old["w2"]}
+                mark = {}
+            for name, tensor in new.items():
+                content = {"param": tensor.clone(), "cat_dim": 0, **mark}
+                torch.save(content, here[name] / kind)
+        for folder in there.values():
+            shutil.rmtree(folder)
 
 
 def _load_trusted(path: Path) -> Any:

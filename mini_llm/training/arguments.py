@@ -86,6 +86,9 @@ class RunArguments:
     torch_compile: bool = _arg(
         "compile every decoder layer with torch.compile (on a CPU this needs a C++ compiler)", False
     )
+    expert_parallel_size: int = _arg(
+        "ranks over which every layer's experts are spread (1: each rank has all)", 1
+    )
     deepspeed: str = _arg(
         "DeepSpeed JSON used when the Accelerate config names no engine, or none", DEFAULT_DEEPSPEED
     )
@@ -377,6 +380,17 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
     for name in (*not_negative, "milestone_steps", "save_minutes", "max_loss_jump"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    size = args.expert_parallel_size
+    if size < 1 or world_size % size:
+        raise ValueError(
+            f"--expert_parallel_size {size} does not divide the {world_size} rank(s) of the job "
+            "into groups; give a divisor, or start more ranks"
+        )
+    if size > 1 and args.torch_compile:
+        raise ValueError(
+            f"--expert_parallel_size {size} with --torch_compile true is not supported; leave one "
+            "out"
+        )
     if args.bad_step_policy not in ("stop", "skip", "rewind"):
         raise ValueError(f"--bad_step_policy {args.bad_step_policy} is none of stop, skip, rewind")
     if args.max_loss_jump and args.bad_step_policy == "skip":

@@ -29,12 +29,13 @@ class ExpertLoad:
     layers: tuple[int, ...]
     counts: torch.Tensor
 
-    def metrics(self) -> dict[str, float | None]:
+    def metrics(self, expert_parallel_size: int = 1) -> dict[str, float | None]:
         """The step's ``moe/…`` metrics; None where the ratio has no value. Waits for the device.
 
         ``load_max_over_mean`` is 1 in perfect balance and E if one expert gets everything;
         ``load_max_over_min`` is None once an expert gets nothing; ``dead_experts`` counts those,
-        over all layers.
+        over all layers. With experts spread over ``expert_parallel_size`` ranks
+        ``rank_load_max_over_mean`` is the same for what the ranks of a group compute.
         """
         metrics: dict[str, float | None] = {}
         rows: list[list[int]] = self.counts.tolist()
@@ -44,6 +45,11 @@ class ExpertLoad:
             metrics[f"moe/layer_{layer}/load_max_over_min"] = (
                 max(row) / min(row) if min(row) else None
             )
+            if expert_parallel_size > 1 and mean:
+                here = len(row) // expert_parallel_size
+                ranks = [sum(row[i : i + here]) for i in range(0, len(row), here)]
+                ratio = max(ranks) / (mean * here)
+                metrics[f"moe/layer_{layer}/rank_load_max_over_mean"] = ratio
         metrics["moe/dead_experts"] = float(sum(count == 0 for row in rows for count in row))
         return metrics
 

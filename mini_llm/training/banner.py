@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from mini_llm.data.stream import HeldOut
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import describe
+from mini_llm.parallel.expert_parallel import describe_groups
 
 from .arguments import RunArguments
 from .run_folder import versions
@@ -46,6 +47,8 @@ def print_banner(
         "run": f"{args.output_dir}, {begin}, to step {args.max_steps}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
+    if args.expert_parallel_size > 1:
+        lines["experts"] = describe_groups(args.expert_parallel_size, accelerator.num_processes)
     for name, text in lines.items():
         print(f"{name:>9}  {text}", flush=True)
 

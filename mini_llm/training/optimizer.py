@@ -17,20 +17,29 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
 
+    Experts that are spread over ranks (parallel/spread_experts.py) are a group of their own.
     Torch's fused kernel on every device: it reads and writes each number once. Raises RuntimeError
     on a device that has none. Under zero.Init a partitioned parameter looks one-dimensional; its
     real shape is in ``ds_shape``.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
+    spread: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+        if not parameter.requires_grad:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if not getattr(parameter, "allreduce", True):
+            spread.append(parameter)
+        else:
             (decay if len(shape) >= 2 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": weight_decay, "name": "decay"},
         {"params": no_decay, "weight_decay": 0.0, "name": "no_decay"},
     ]
+    if spread:  # DeepSpeed goes by this group's mark and name; they are matrices, so they decay
+        name = spread[0].group_name  # type: ignore[attr-defined]
+        groups.append({"params": spread, "weight_decay": weight_decay, "name": name, "moe": True})
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
 
 

@@ -13,6 +13,7 @@ import yaml
 from mini_llm.data.tokenizer import tokenizer_fingerprint
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import offload, zero_stage
+from mini_llm.parallel.expert_parallel import expert_groups
 
 from .arguments import RunArguments
 from .optimizer import describe_optimizer
@@ -115,7 +116,8 @@ def write_run_facts(
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": zero_stage(accelerator, model),
         "offload": offload(model),
-        "expert_parallel_size": 1,
+        "expert_parallel_size": args.expert_parallel_size,
+        "expert_groups": expert_groups(args.expert_parallel_size, accelerator.num_processes),
         "backend": accelerator.state.backend,
         "device": str(accelerator.device),
         "wrapper": type(model).__name__,

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from mini_llm.data.conversations import ASSISTANT, USER, Conversation, why_invalid
 from mini_llm.hub.export import chat_generation_config
 from mini_llm.models import load_model
+from mini_llm.parallel.expert_parallel import stock_state_dict
 from mini_llm.parallel.watchdog import beat
 
 
@@ -114,7 +115,7 @@ class ChatSamples:
             return {}
         beat()
         with _untouched_random_states(self.accelerator.device):
-            state_dict = self.accelerator.get_state_dict(model)  # ZeRO-3 gathers the weights
+            state_dict = stock_state_dict(self.accelerator, model)  # ZeRO-3 gathers the weights
             answers = []
             if self.accelerator.is_main_process:
                 self._refresh_copy(self.accelerator.unwrap_model(model), state_dict)
