@@ -48,8 +48,9 @@ def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 def spread_experts(model: nn.Module, size: int, rank: int) -> None:
     """Replace all stacked experts of ``model`` by this rank's part of them, before ``prepare``.
 
-    With ``size`` 1 nothing is done, and frozen experts stay whole. ``rank`` is this process's among all; a group is ``size``
-    neighbours. Raises ValueError, naming the flag, where the experts cannot be divided.
+    With ``size`` 1 nothing is done, and frozen experts stay whole. ``rank`` is this process's
+    among all; a group is ``size`` neighbours. Raises ValueError, naming the flag, where the
+    experts cannot be divided.
     """
     if size == 1:
         return
