@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_llm import build_model, load_model
 from mini_llm.data import load_tokenizer
@@ -330,21 +331,48 @@ def test_help_answers_without_importing_torch():
 
 
 @pytest.mark.slow
-def test_quickstart_learns_and_a_second_call_reuses_what_is_done():
-    done = subprocess.run(
-        ["./launch.sh", "quickstart"], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = REPOSITORY / "output" / "quickstart" / "pretrain"
-    held_out = series(run, "eval/quickstart/loss")
-    assert held_out[0] - held_out[-1] >= 2.5
-    assert facts(run)["world_size"] == 2 and facts(run)["zero_stage"] == 1
-    before = (run / "metrics.jsonl").stat().st_mtime_ns
-    again = subprocess.run(
-        ["./launch.sh", "quickstart"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+def test_quickstart_ends_with_a_model_that_answers_and_a_second_call_reuses_what_is_done():
+    def quickstart() -> str:
+        done = subprocess.run(
+            ["./launch.sh", "quickstart"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    quickstart()
+    folder = REPOSITORY / "output" / "quickstart"
+    runs = [folder / "pretrain", folder / "sft"]
+    for run, name, nats in zip(runs, ["quickstart", "docstrings"], [2.5, 1.5], strict=True):
+        held_out = series(run, f"eval/{name}/loss")
+        assert held_out[0] - held_out[-1] >= nats
+        assert facts(run)["world_size"] == 2 and facts(run)["zero_stage"] == 1
+
+    # Asked about functions of its training set, it answers in the trained format and stops.
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft" / "final")
+    model = AutoModelForCausalLM.from_pretrained(folder / "sft" / "final").eval()
+    corpus = folder / "data" / "corpus" / "sft" / "sft_data_en.jsonl"
+    records = [json.loads(line) for line in corpus.read_text().splitlines()[:400:20]]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stopped = 0
+    for record in records:
+        question = [{"role": "user", "content": record["input"]}]
+        inputs = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        generated = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+        answer = generated[0, inputs["input_ids"].shape[1] :].tolist()
+        stopped += answer[-1] == end
+        text = tokenizer.decode(answer[:-1])
+        assert text.strip() and "<|" not in text, (record["input"], text)
+    assert stopped >= 0.9 * len(records)  # one of this size may repeat itself to the limit
+
+    before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    assert quickstart().count("nothing to do") >= 2
+    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == before
 
 
 def test_weights_of_another_tokenizer_of_the_same_size_are_refused(
