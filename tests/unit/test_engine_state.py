@@ -8,13 +8,25 @@ import torch
 from torch import nn
 
 from mini_llm.parallel import engine_state
-from mini_llm.parallel.engine_state import EngineMismatch, check_engine
+from mini_llm.parallel.engine_state import (
+    EngineMismatch,
+    Experts,
+    check_engine,
+    rename_experts,
+)
 
 
 def description(kind: str, stage: int | None = None, ranks: int = 2) -> dict[str, object]:
-    return {"kind": kind, "zero_stage": stage, "world_size": ranks, "bf16": False}
+    return {
+        "kind": kind,
+        "zero_stage": stage,
+        "world_size": ranks,
+        "bf16": False,
+        "expert_parallel_size": 1,
+    }
 
 
+WHOLE = Experts(shapes={}, spread=False)
 ZERO0, ZERO1, ZERO3 = (description("deepspeed", stage) for stage in (0, 1, 3))
 DDP, SINGLE = description("ddp"), description("single", ranks=1)
 
@@ -72,7 +84,7 @@ def rank(number: int) -> SimpleNamespace:
 
 
 def test_a_failed_conversion_ends_every_rank_and_frees_the_disk(tmp_path, monkeypatch):
-    def fill_the_disk(folder: Path, universal: Path) -> None:
+    def fill_the_disk(folder: Path, universal: Path, experts: Experts) -> None:
         universal.mkdir()
         (universal / "half").touch()
         raise OSError("No space left on device")
@@ -80,7 +92,37 @@ def test_a_failed_conversion_ends_every_rank_and_frees_the_disk(tmp_path, monkey
     monkeypatch.setattr(engine_state, "_convert", fill_the_disk)
     universal = tmp_path / ".universal-step-5"
     with pytest.raises(OSError, match="No space left"):
-        engine_state._convert_once(rank(0), tmp_path / "engine", universal)
+        engine_state._convert_once(rank(0), tmp_path / "engine", universal, WHOLE)
     assert not (universal / "half").exists()
     with pytest.raises(RuntimeError, match="rank 0 could not convert"):
-        engine_state._convert_once(rank(1), tmp_path / "engine", universal)
+        engine_state._convert_once(rank(1), tmp_path / "engine", universal, WHOLE)
+
+
+def test_experts_go_from_their_stock_names_to_the_spread_ones_and_back(tmp_path):
+    """Also from the flat tensors that ZeRO-3 writes."""
+    E, F, D = 4, 3, 2
+    name = "model.layers.1.mlp.experts"
+    whole = {"gate_up_proj": torch.randn(E, 2 * F, D), "down_proj": torch.randn(E, D, F)}
+    kinds = ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")
+    for weight, tensor in whole.items():
+        folder = tmp_path / f"{name}.{weight}"
+        folder.mkdir()
+        torch.save(torch.tensor(7.0), folder / "step.pt")
+        for kind in kinds:
+            torch.save({"param": (tensor + kinds.index(kind)).flatten()}, folder / kind)
+
+    def tensor_of(weight: str, kind: str) -> torch.Tensor:
+        return torch.load(tmp_path / f"{name}.{weight}" / kind)["param"]
+
+    shapes = {name: (E, F, D)}
+    rename_experts(tmp_path, Experts(shapes, spread=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.experts.{weight}" for weight in ("w1", "w2", "w3")
+    ]
+    assert torch.equal(tensor_of("experts.w1", "fp32.pt"), whole["gate_up_proj"][:, :F])
+    rename_experts(tmp_path, Experts(shapes, spread=True))  # nothing is left to do
+    rename_experts(tmp_path, Experts(shapes, spread=False))
+    for weight, tensor in whole.items():
+        for added, kind in enumerate(kinds):
+            assert torch.equal(tensor_of(weight, kind), tensor + added)
+        assert torch.load(tmp_path / f"{name}.{weight}" / "step.pt") == 7.0
