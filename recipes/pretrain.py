@@ -28,6 +28,7 @@ prepare_environment()  # DeepSpeed and transformers read it when they are import
 watchdog.end_with_launcher()
 
 import math
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -54,6 +55,7 @@ from mini_llm.parallel.agreement import check_ranks_agree
 from mini_llm.parallel.compile import compile_layers
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
+from mini_llm.parallel.held_bytes import HeldBytes
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
@@ -231,7 +233,8 @@ def main(args: PretrainArguments) -> None:
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
     watchdog.end_if_stuck(args.ddp_timeout)
     model.train()
-    gradient_bytes = evaluated_at = 0
+    held = HeldBytes(model, optimizer)
+    evaluated_at = 0
     step = start_step
     while step < last_step:
         step += 1
@@ -287,7 +290,7 @@ def main(args: PretrainArguments) -> None:
             for name, part in parts.items():
                 step_losses[name] = step_losses.get(name, 0) + part.float()
             if step == start_step + 1:
-                gradient_bytes = max(gradient_bytes, engine.gradient_bytes(model, optimizer))
+                held.note_gradients()
         grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
         fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
@@ -308,13 +311,12 @@ def main(args: PretrainArguments) -> None:
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
-            held = engine.held_bytes(model, optimizer) | {"gradients": gradient_bytes}
-            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held)
+            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held.read())
 
         # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
         interruption.agree(sums[1:])
         is_last = step == last_step or interruption.stop_now
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, Any] = {}
         if step == 1 or step % args.logging_steps == 0 or is_last:
             losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
             metrics |= dict(zip(step_losses, losses, strict=True))

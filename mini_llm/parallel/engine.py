@@ -24,6 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .expert_parallel import check_expert_parallel
+from .held_bytes import optimizer_tensors
 from .watchdog import beat
 
 
@@ -226,7 +227,7 @@ def offload(model: nn.Module) -> dict[str, str | None]:
         where["parameters"] = "cpu"
     parameters: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
     tensors = {
-        "optimizer": list(_optimizer_tensors(zero)),
+        "optimizer": list(optimizer_tensors(zero)),
         # Small ones (stage3_param_persistence_threshold) stay whole on the device.
         "parameters": [p.ds_tensor for p in parameters if not p.ds_persist],
     }
@@ -315,74 +316,3 @@ def leave(accelerator: Accelerator) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """Bytes that this rank holds now, counted storage by storage: parameters, optimizer state.
-
-    Optimizer state includes fp32 master weights. Gradients exist between backward and step; see
-    :func:`gradient_bytes`, which the recipe calls there.
-    """
-    parameters = _Tally()
-    for parameter in model.parameters():
-        parameters.add(parameter)
-        parameters.add(getattr(parameter, "ds_tensor", None))  # ZeRO-3: this rank's slice
-    state = _Tally(seen=parameters.seen)
-    for tensor in _optimizer_tensors(optimizer):
-        state.add(tensor)
-    return {"parameters": parameters.bytes, "optimizer_state": state.bytes}
-
-
-def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    """The weights that the optimizer updates (master weights, or the model's own) and its state."""
-    inner = _torch_optimizer(optimizer)
-    while optimizer is not inner:
-        yield from getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3's, kept aside
-        optimizer = optimizer.optimizer
-    for group in inner.param_groups:
-        yield from group["params"]
-    for values in inner.state.values():
-        yield from (value for value in values.values() if torch.is_tensor(value))
-
-
-def gradient_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Bytes of gradients that this rank holds after a backward pass and before the step."""
-    gradients = _Tally()
-    for parameter in model.parameters():
-        gradients.add(parameter.grad)
-        gradients.add(getattr(parameter, "grad_accum", None))
-    zero = getattr(optimizer, "optimizer", optimizer)
-    for partition in getattr(zero, "averaged_gradients", {}).values():
-        for gradient in [partition] if torch.is_tensor(partition) else partition or []:
-            gradients.add(gradient)
-    # Offloaded, they accumulate in buffers of the host.
-    for gradient in getattr(zero, "accumulated_grads_in_cpu", {}).values():
-        gradients.add(gradient)
-    gradients.add(getattr(zero, "grad_partitions_flat_buffer", None))
-    for group in _torch_optimizer(optimizer).param_groups:
-        for master in group["params"]:
-            gradients.add(master.grad)
-    return gradients.bytes
-
-
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's and DeepSpeed's wrappers."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-class _Tally:
-    """Counts the bytes of tensors' storages, each once: a view of a flat buffer is that buffer."""
-
-    def __init__(self, seen: set[int] | None = None) -> None:
-        self.bytes = 0
-        self.seen = set(seen or ())
-
-    def add(self, tensor: Any) -> None:
-        if not torch.is_tensor(tensor) or tensor.numel() == 0:
-            return
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()

@@ -64,8 +64,8 @@ def spread_experts(model: nn.Module, size: int, rank: int) -> None:
     for name, module in found.items():
         parameter: Any = module.gate_up_proj
         if not parameter.requires_grad:
-            # Frozen, they cost neither gradient nor optimizer state; and deepspeed 0.19.8 would
-            # give every rank rank 0's when it loads (ZeRO-1, 2), or refuse to save (ZeRO-3).
+            # Frozen, they cost neither gradient nor optimizer state; and at ZeRO-3 deepspeed 0.19.8
+            # refuses to save frozen experts that are spread.
             continue
         E, *_ = _whole_shape(parameter)
         if E % size:

@@ -13,6 +13,7 @@ next step's; :func:`update_expert_bias` is DeepSeek-V3's balancing without an au
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,29 +30,33 @@ class ExpertLoad:
     layers: tuple[int, ...]
     counts: torch.Tensor
 
-    def metrics(self, expert_parallel_size: int = 1) -> dict[str, float | None]:
-        """The step's ``moe/…`` metrics; None where the ratio has no value. Waits for the device.
+    def metrics(self, expert_parallel_size: int = 1) -> dict[str, Any]:
+        """The step's ``moe/…`` metrics; None where a ratio has no value. Waits for the device.
 
-        ``load_max_over_mean`` is 1 in perfect balance and E if one expert gets everything;
-        ``load_max_over_min`` is None once an expert gets nothing; ``dead_experts`` counts those,
-        over all layers. With experts spread over ``expert_parallel_size`` ranks
-        ``rank_load_max_over_mean`` is the same for what the ranks of a group compute.
+        By layer: ``expert_load``, the counts, a list in the order of the experts;
+        ``load_max_over_mean``, 1 in perfect balance and E if one expert gets everything;
+        ``load_max_over_min``, None once an expert gets nothing. ``dead_experts`` counts those, over
+        all layers. With experts spread over ``expert_parallel_size`` ranks also what each rank of a
+        group computes, summed over groups: ``rank_load`` and ``rank_load_max_over_mean``.
         """
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, Any] = {}
         rows: list[list[int]] = self.counts.tolist()
         for layer, row in zip(self.layers, rows, strict=True):
-            mean = sum(row) / len(row)
-            metrics[f"moe/layer_{layer}/load_max_over_mean"] = max(row) / mean if mean else None
-            metrics[f"moe/layer_{layer}/load_max_over_min"] = (
-                max(row) / min(row) if min(row) else None
-            )
-            if expert_parallel_size > 1 and mean:
+            prefix = f"moe/layer_{layer}"
+            metrics[f"{prefix}/expert_load"] = row
+            metrics[f"{prefix}/load_max_over_mean"] = _max_over_mean(row)
+            metrics[f"{prefix}/load_max_over_min"] = max(row) / min(row) if min(row) else None
+            if expert_parallel_size > 1:
                 here = len(row) // expert_parallel_size
                 ranks = [sum(row[i : i + here]) for i in range(0, len(row), here)]
-                ratio = max(ranks) / (mean * here)
-                metrics[f"moe/layer_{layer}/rank_load_max_over_mean"] = ratio
+                metrics[f"{prefix}/rank_load"] = ranks
+                metrics[f"{prefix}/rank_load_max_over_mean"] = _max_over_mean(ranks)
         metrics["moe/dead_experts"] = float(sum(count == 0 for row in rows for count in row))
         return metrics
+
+
+def _max_over_mean(counts: list[int]) -> float | None:
+    return max(counts) * len(counts) / sum(counts) if sum(counts) else None
 
 
 def find_routers(model: nn.Module) -> dict[int, nn.Module]:

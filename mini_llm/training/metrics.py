@@ -84,10 +84,16 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Record ``metrics`` (already reduced over ranks) of optimizer step ``step`` (from 1).
 
-        What is not finite is null in metrics.jsonl, which is JSON, and left out of the trackers.
+        A metric is a number, or a list of them such as an expert's each, which only metrics.jsonl
+        gets. What is not finite is null there, which is JSON, and left out of the trackers.
         """
-        finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
-        self.accelerator.log(finite, step=step)
+        finite = {
+            name: value
+            for name, value in metrics.items()
+            if isinstance(value, list) or (value is not None and math.isfinite(value))
+        }
+        numbers = {name: value for name, value in finite.items() if not isinstance(value, list)}
+        self.accelerator.log(numbers, step=step)
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:

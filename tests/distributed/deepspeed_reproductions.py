@@ -47,13 +47,15 @@ class Model(nn.Module):
         return (self.matrix @ x + self.vector + self.buffer).square().sum()
 
 
-def engine(stage: int, universal: bool = False) -> Any:
-    """A fresh DeepSpeed engine around a :class:`Model`."""
+def engine(stage: int, universal: bool = False, groups: int = 2) -> Any:
+    """A fresh DeepSpeed engine around a :class:`Model`, whose optimizer has 1 or 2 groups."""
     model = Model()
-    groups = [
+    parameter_groups = [
         {"params": [model.matrix], "weight_decay": 0.1},
         {"params": [model.vector], "weight_decay": 0.0},
     ]
+    if groups == 1:
+        parameter_groups = [{"params": [model.matrix, model.vector], "weight_decay": 0.1}]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
@@ -61,7 +63,7 @@ def engine(stage: int, universal: bool = False) -> Any:
         "steps_per_print": 2147483647,
         "checkpoint": {"load_universal": universal},
     }
-    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    optimizer = torch.optim.AdamW(parameter_groups, lr=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
@@ -70,9 +72,9 @@ def step(trained: Any) -> None:
     trained.step()
 
 
-def saved(folder: Path, stage: int) -> Path:
+def saved(folder: Path, stage: int, groups: int = 2) -> Path:
     """A DeepSpeed checkpoint after one step, with the buffer at 7."""
-    trained = engine(stage)
+    trained = engine(stage, groups=groups)
     step(trained)
     trained.module.buffer.fill_(7)
     trained.save_checkpoint(str(folder), TAG)
@@ -121,6 +123,14 @@ def reproduce(folder: Path) -> dict[str, Any]:
     one = engine(1, universal=True)
     one.load_checkpoint(str(folder / "universal1"), TAG)
     facts["buffer after loading"] = one.module.buffer.tolist()
+
+    convert(saved(folder / "saved_one_group", stage=1, groups=1), folder / "one_group" / TAG)
+    more = engine(1, universal=True)
+    more.load_checkpoint(str(folder / "one_group"), TAG)
+    facts["loaded with a group more"] = {
+        "expected": one.module.vector.tolist(),
+        "found": more.module.vector.tolist(),
+    }
 
     three = engine(3, universal=True)
     three.load_checkpoint(str(folder / "universal3"), TAG)

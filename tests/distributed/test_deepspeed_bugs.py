@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.launching import REPOSITORY, launch_command, launch_environment
+
 REPRODUCTIONS = Path(__file__).with_name("deepspeed_reproductions.py")
 
 
@@ -28,6 +30,25 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def facts_of_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of expert_reproductions.py, on two ranks."""
+    folder = tmp_path_factory.mktemp("experts")
+    *launcher, _ = launch_command(config="zero1", processes=2)
+    done = subprocess.run(
+        [*launcher, str(REPRODUCTIONS.with_name("expert_reproductions.py")), str(folder)],
+        cwd=REPOSITORY,
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    found: dict[str, Any] = json.loads((folder / "facts.json").read_text())
     return found
 
 
@@ -80,3 +101,27 @@ def test_a_zero_3_universal_load_gives_all_groups_the_settings_of_group_0(facts)
 )
 def test_a_converted_checkpoint_loads_only_into_the_stage_that_wrote_it(facts, obstacle, error):
     assert error in facts[obstacle], f"mended ({obstacle}): drop it from engine_state._complete"
+
+
+def test_a_universal_load_leaves_out_groups_that_the_checkpoint_has_not(facts):
+    loaded = facts["loaded with a group more"]
+    assert loaded["found"] == [1.0, 1.0] != loaded["expected"], (
+        "mended: write as many groups as the checkpoint has in engine_state._complete"
+    )
+
+
+def test_zero_1_divides_gradients_of_spread_experts_by_too_few_ranks_unless_contiguous(
+    facts_of_experts,
+):
+    norm = facts_of_experts["norm"]
+    assert facts_of_experts["norm, contiguous"] == pytest.approx(norm, rel=1e-6)
+    assert facts_of_experts["norm, not contiguous"] > 1.1 * norm, (
+        "mended: drop contiguous_gradients from engine.fill_deepspeed_config"
+    )
+
+
+def test_zero_3_does_not_save_frozen_experts_that_are_spread(facts_of_experts):
+    assert facts_of_experts["saving, ZeRO-1"] == "done"
+    assert "does not support frozen expert parameters" in facts_of_experts["saving, ZeRO-3"], (
+        "mended: frozen experts may be spread too in expert_parallel.spread_experts"
+    )

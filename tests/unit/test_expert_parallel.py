@@ -91,5 +91,7 @@ def test_groups_are_neighbours_and_the_banner_says_who_holds_the_same_experts():
 def test_load_per_rank_is_that_of_the_experts_it_holds():
     load = ExpertLoad((1,), torch.tensor([[6, 2, 1, 3]]))
     found = load.metrics(expert_parallel_size=2)
+    assert found["moe/layer_1/expert_load"] == [6, 2, 1, 3]
+    assert found["moe/layer_1/rank_load"] == [8, 4]
     assert found["moe/layer_1/rank_load_max_over_mean"] == 8 / 6
     assert "moe/layer_1/rank_load_max_over_mean" not in load.metrics()

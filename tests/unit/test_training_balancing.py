@@ -90,6 +90,9 @@ def test_bias_moves_by_speed_against_the_load_in_fp32_and_stays_fp32_after_a_cas
 def test_metrics_are_ratios_and_null_where_there_is_none():
     load = ExpertLoad((3, 5, 6), torch.tensor([[1, 2, 3, 2], [0, 4, 4, 0], [0, 0, 0, 0]]))
     assert load.metrics() == {
+        "moe/layer_3/expert_load": [1, 2, 3, 2],
+        "moe/layer_5/expert_load": [0, 4, 4, 0],
+        "moe/layer_6/expert_load": [0, 0, 0, 0],
         "moe/layer_3/load_max_over_mean": 1.5,
         "moe/layer_3/load_max_over_min": 3.0,
         "moe/layer_5/load_max_over_mean": 2.0,
