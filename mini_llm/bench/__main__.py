@@ -2,6 +2,8 @@
 
     python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --output bench_data.json
     python -m mini_llm.bench attention --documents 10
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
+        -m mini_llm.bench experts --experts 64
 
 Figures are medians, with minimum and maximum, of CPU time in one process; variants that are
 compared take turns.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,13 +50,35 @@ def main(command_line: Sequence[str] | None = None) -> None:
     of_attention.add_argument(
         "--repeats", type=int, default=10, help="timed calls, each of another row (default: 10)"
     )
-    for command in (of_data, of_attention):
+    of_experts = what.add_parser("experts", help="spread over ranks, and whole on each of them")
+    of_experts.add_argument(
+        "--model", default="mini_deepseekv3_tiny", help="preset (default: %(default)s)"
+    )
+    of_experts.add_argument(
+        "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+    )
+    of_experts.add_argument("--experts", type=int, default=64, help="of a layer (default: 64)")
+    of_experts.add_argument("--rows", type=int, default=8, help="of a rank's batch (default: 8)")
+    of_experts.add_argument("--seq_len", type=int, default=512, help="default: 512")
+    of_experts.add_argument("--repeats", type=int, default=20, help="timed steps (default: 20)")
+    for command in (of_data, of_attention, of_experts):
         command.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(command_line)
     try:
         if arguments.what == "data":
             figures = data.run(
                 arguments.input, arguments.tokenizer, arguments.seq_len, arguments.repeats
+            )
+        elif arguments.what == "experts":
+            from . import experts
+
+            figures = experts.run(
+                arguments.model,
+                arguments.model_overrides,
+                arguments.experts,
+                arguments.rows,
+                arguments.seq_len,
+                arguments.repeats,
             )
         else:
             from . import attention  # not above: --help need not wait for torch
@@ -64,7 +89,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    if arguments.output:
+    if arguments.output and int(os.environ.get("RANK", "0")) == 0:
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
