@@ -171,10 +171,11 @@ def _check(model: ModelShape, step: StepShape) -> None:
     if size > 1:
         if step.engine in ("ddp", "zero0"):
             raise ValueError(f"experts are not spread under {step.engine}, only under ZeRO-1 to 3")
+        flag = f"--expert_parallel_size {size}"
         if not model.experts:
-            raise ValueError("the model has no experts to spread")
+            raise ValueError(f"{flag}: the model has no experts to spread")
         if step.world_size % size or any(E % size for E, _, _ in model.experts):
-            raise ValueError(f"{size} must divide the ranks and the experts of every layer")
+            raise ValueError(f"{flag} must divide the ranks and the experts of every layer")
     traversed = sum(model.matrices) + sum(3 * E * F * D for E, F, D in model.experts)
     if step.engine == "zero3" and (3 if step.gradient_checkpointing else 2) * traversed > (
         MAX_REUSE_DISTANCE

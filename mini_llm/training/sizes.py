@@ -125,14 +125,15 @@ def model_shape(model: nn.Module) -> ModelShape:
     )
 
 
-def communication_line(
-    args: RunArguments, config: PreTrainedConfig, *, engine: str, world_size: int
-) -> str:
+def communication_line(args: RunArguments, config: PreTrainedConfig, accelerator: Any) -> str:
     """What a rank will send in a step of the run, for ``--dry_run``.
 
-    ``engine`` is one of ``traffic.ENGINES``. Where there is no formula, the line says why.
+    Where there is no formula for it, the line says why.
     """
     title = "sent per rank, step   "
+    world_size, plugin = accelerator.num_processes, accelerator.state.deepspeed_plugin
+    zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    engine = "ddp" if plugin is None else f"zero{zero.get('stage', 0)}"
     if world_size == 1:
         return f"{title}nothing: one rank"
     model = empty_model(config)
