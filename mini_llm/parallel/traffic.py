@@ -275,7 +275,7 @@ def _tokens(model: ModelShape, step: StepShape) -> list[Traffic]:
 
 
 def _bookkeeping(model: ModelShape, step: StepShape) -> list[Traffic]:
-    """Some dozens of bytes: the step's counts, its norms, whether it overflowed, experts' load."""
+    """Some hundred bytes: the step's counts, its norms, whether it overflowed, experts' load."""
     N, size = step.world_size, step.expert_parallel_size
     data = N // size
     counted = 3 * 4 + sum(8 * E for E, _, _ in model.experts)  # targets and wishes; expert load

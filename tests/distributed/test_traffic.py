@@ -175,14 +175,20 @@ class Counted:
         return [[rank[step] for rank in self.ranks] for step in self.ranks[0]]
 
 
-def count(runs: list[Run], data: TinyData, folder: Path, ranks: int = 2) -> dict[Run, Counted]:
-    """Do all the runs in one launch."""
+def count(
+    runs: list[Run],
+    data: TinyData,
+    folder: Path,
+    ranks: int = 2,
+    deepspeed: dict[str, str] | None = None,
+) -> dict[Run, Counted]:
+    """Do all the runs in one launch; ``deepspeed`` has variables that win over a run's own."""
     folders = {run: folder / str(number) for number, run in enumerate(runs)}
     launch_several(
         [run.flags(data, folders[run]) for run in runs],
         folder / "plan.json",
         processes=ranks,
-        env_of_runs=[run.environment for run in runs],
+        env_of_runs=[run.environment | (deepspeed or {}) for run in runs],
         script="counted_traffic.py",
         seconds=1800,
     )
@@ -348,6 +354,29 @@ def test_bytes_of_a_step_on_four_ranks_are_the_formula_s(
         check_counted_is_computed(counted)
         if run.expert_parallel_size > 1:
             check_exchanged_tokens(counted)
+
+
+@pytest.mark.slow
+def test_bytes_do_not_depend_on_how_many_calls_they_come_in(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """A model of a preset's size is gathered in several calls, a tiny one otherwise in one."""
+    config = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["stage3_prefetch_bucket_size"] = 50_000
+    config["zero_optimization"]["reduce_bucket_size"] = 50_000
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    runs = [
+        Run("zero3", DEEPSEEK, micro_batches=2),
+        Run("zero3", DEEPSEEK, gradient_checkpointing=True, expert_parallel_size=2),
+    ]
+    file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json")}
+    for run, counted in count(runs, tiny_data, tmp_path, deepspeed=file).items():
+        check_counted_is_computed(counted)
+        assert agrees_with_sockets(counted)
+        for kind in ("all_gather", "reduce_scatter"):
+            calls = [c for c in counted.steps[0][0]["calls"] if c["kind"] == kind]
+            large = [c for c in calls if c["elements"] > PERSISTENCE_THRESHOLD]
+            assert len(large) >= 4 * run.micro_batches
 
 
 @pytest.mark.slow
