@@ -91,18 +91,24 @@ def launch_several(
     config: str = "zero1",
     processes: int = 2,
     env: dict[str, str] | None = None,
+    env_of_runs: list[dict[str, str]] | None = None,
+    script: str = "several_runs.py",
     seconds: float = 600,
 ) -> None:
     """Run the recipe once for every list of flags, one after the other, in one launch.
 
     ``plan`` is a file to write them to for tests/distributed/several_runs.py, which says why the
-    runs are independent. Fails with the output if one of them fails.
+    runs are independent, or for another ``script`` there. ``env_of_runs`` has variables for each
+    run alone. Fails with the output if one of them fails.
     """
-    content = [{"recipe": recipe, "flags": flags, "port": free_port()} for flags in runs]
+    content = [
+        {"recipe": recipe, "flags": flags, "port": free_port(), "env": variables}
+        for flags, variables in zip(runs, env_of_runs or [{}] * len(runs), strict=True)
+    ]
     plan.write_text(json.dumps(content))
     *launcher, _ = launch_command(config=config, processes=processes)
     done = subprocess.run(
-        [*launcher, str(REPOSITORY / "tests/distributed/several_runs.py"), str(plan)],
+        [*launcher, str(REPOSITORY / "tests/distributed" / script), str(plan)],
         cwd=REPOSITORY,
         env=launch_environment(env),
         stdout=subprocess.PIPE,

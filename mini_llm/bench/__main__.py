@@ -4,9 +4,10 @@
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
+    python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
 
-Figures are medians, with minimum and maximum, of CPU time in one process; variants that are
-compared take turns.
+Those of traffic are computed by a formula. The others are medians, with minimum and maximum, of CPU
+time in one process; variants that are compared take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from . import data
+
+PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
@@ -61,7 +64,31 @@ def main(command_line: Sequence[str] | None = None) -> None:
     of_experts.add_argument("--rows", type=int, default=8, help="of a rank's batch (default: 8)")
     of_experts.add_argument("--seq_len", type=int, default=512, help="default: 512")
     of_experts.add_argument("--repeats", type=int, default=20, help="timed steps (default: 20)")
-    for command in (of_data, of_attention, of_experts):
+    of_traffic = what.add_parser(
+        "traffic", help="bytes that a rank sends in a step, on many GPUs: by formula, not measured"
+    )
+    of_traffic.add_argument(
+        "--model", nargs="+", default=PRESETS, help=f"presets (default: {' '.join(PRESETS)})"
+    )
+    of_traffic.add_argument(
+        "--gpus", type=int, nargs="+", default=[8, 64, 512], help="default: 8 64 512"
+    )
+    of_traffic.add_argument(
+        "--global_batch_tokens", type=int, default=1 << 20, help="of a step (default: 1048576)"
+    )
+    of_traffic.add_argument("--seq_len", type=int, default=2048, help="default: 2048")
+    of_traffic.add_argument(
+        "--per_device_train_batch_size",
+        type=int,
+        default=16,
+        help="rows of a micro-batch at most; a rank whose share of the step is smaller takes that "
+        "(default: 16)",
+    )
+    for switch, default in (("bf16", "true"), ("gradient_checkpointing", "false")):
+        of_traffic.add_argument(
+            f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
+        )
+    for command in (of_data, of_attention, of_experts, of_traffic):
         command.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(command_line)
     try:
@@ -79,6 +106,18 @@ def main(command_line: Sequence[str] | None = None) -> None:
                 arguments.rows,
                 arguments.seq_len,
                 arguments.repeats,
+            )
+        elif arguments.what == "traffic":
+            from . import traffic
+
+            figures = traffic.run(
+                arguments.model,
+                arguments.gpus,
+                arguments.global_batch_tokens,
+                arguments.seq_len,
+                arguments.per_device_train_batch_size,
+                bf16=arguments.bf16 == "true",
+                gradient_checkpointing=arguments.gradient_checkpointing == "true",
             )
         else:
             from . import attention  # not above: --help need not wait for torch

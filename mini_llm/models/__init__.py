@@ -62,6 +62,17 @@ def build_model(name: str, **config_overrides: Any) -> "PreTrainedModel":
     return _architecture_of_preset(name).model_class()(config)
 
 
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """A model of ``config``, one of ours, without memory for its weights: names and shapes only."""
+    import torch
+
+    with torch.device("meta"):
+        model: PreTrainedModel = import_module(ARCHITECTURES[config.model_type]).model_class()(
+            config
+        )
+    return model
+
+
 def load_model(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """This project's class for a checkpoint: one of ours, a stock transformers folder or a hub id.
 

@@ -15,7 +15,7 @@ from mini_llm.parallel.expert_parallel import describe_groups
 
 from .arguments import RunArguments
 from .run_folder import versions
-from .sizes import ParameterCounts, dry_run_report
+from .sizes import ParameterCounts, communication_line, dry_run_report
 
 
 def print_banner(
@@ -73,6 +73,7 @@ def print_dry_run(
     print(
         dry_run_report(args, config, parameters, world_size=world_size, micro_batches=micro_batches)
     )
+    print(communication_line(args, config, accelerator))
     for number, row in enumerate(rows, start=1):
         documents = row["doc_lens"].tolist()
         print(f"\nrow {number} of {row['source']}: documents of {documents} tokens")

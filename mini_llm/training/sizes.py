@@ -7,7 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from mini_llm.models import mixing_flops_per_token
+from mini_llm.models import empty_model, mixing_flops_per_token
+from mini_llm.parallel.expert_parallel import find_experts
+from mini_llm.parallel.traffic import ModelShape, StepShape, sent, step_traffic
+
+from .arguments import RunArguments, SftArguments
+from .losses import mtp_options
 
 GIB = 1 << 30
 
@@ -87,6 +92,71 @@ def memory_per_rank(parameters: int, *, world_size: int, bf16: bool) -> dict[str
         "zero3": (weights + gradients + moments + master) / world_size,
     }
     return {stage: size / GIB for stage, size in stages.items()}
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """The sizes that the formula of communication asks for, of a model not wrapped nor spread."""
+    config: Any = model.config
+    stacked = {
+        f"{name}.{weight}": module
+        for name, module in find_experts(model).items()
+        for weight in ("gate_up_proj", "down_proj")
+    }
+    matrices: list[int] = []
+    vectors: list[int] = []
+    experts: list[tuple[int, int, int]] = []
+    frozen: list[int] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen.append(parameter.numel())
+        elif name in stacked:
+            if name.endswith("down_proj"):
+                E, D, F = parameter.shape
+                experts.append((E, F, D))
+        else:
+            (matrices if parameter.ndim >= 2 else vectors).append(parameter.numel())
+    return ModelShape(
+        matrices=tuple(matrices),
+        vectors=tuple(vectors),
+        experts=tuple(experts),
+        experts_per_token=config.num_experts_per_tok if experts else 0,
+        frozen=tuple(frozen),
+        buffers=sum(buffer.numel() for buffer in model.buffers()),
+    )
+
+
+def communication_line(args: RunArguments, config: PreTrainedConfig, accelerator: Any) -> str:
+    """What a rank will send in a step of the run, for ``--dry_run``.
+
+    Where there is no formula for it, the line says why.
+    """
+    title = "sent per rank, step   "
+    world_size, plugin = accelerator.num_processes, accelerator.state.deepspeed_plugin
+    zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    engine = "ddp" if plugin is None else f"zero{zero.get('stage', 0)}"
+    if world_size == 1:
+        return f"{title}nothing: one rank"
+    model = empty_model(config)
+    if isinstance(args, SftArguments):
+        mtp_options(model, weight=args.mtp_loss_weight)  # with 0 it freezes some
+    step = StepShape(
+        engine=engine,
+        world_size=world_size,
+        micro_batches=args.gradient_accumulation_steps(world_size),
+        micro_batch_tokens=args.per_device_train_batch_size * args.seq_len,
+        bf16=args.bf16,
+        expert_parallel_size=args.expert_parallel_size,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    try:
+        traffic = step_traffic(model_shape(model), step)
+    except ValueError as error:
+        return f"{title}not computed: {error}"
+    by_purpose: dict[str, float] = {}
+    for part in traffic:
+        by_purpose[part.purpose] = by_purpose.get(part.purpose, 0) + float(part.sent)
+    parts = ", ".join(f"{name} {size / 1e6:,.3f}" for name, size in by_purpose.items())
+    return f"{title}{sent(traffic) / 1e6:,.3f} MB under {engine} ({parts}), by formula (ring)"
 
 
 def dry_run_report(

@@ -6,10 +6,12 @@ freshly started rank that has just imported: what one run leaves behind (process
 caches of Accelerate and DeepSpeed) dies with its process and no other can see it.
 """
 
+import contextlib
 import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -45,17 +47,30 @@ def run(recipe: str, flags: list[str], port: int) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run_all(
+    plan: Path,
+    around: Callable[[list[str]], contextlib.AbstractContextManager[object]] | None = None,
+) -> None:
+    """Fork a process for each run of ``plan``; leave with an error if one of them fails.
+
+    ``around`` makes of a run's flags a context that its process runs in.
+    """
     for name in list_models():
         if name.endswith("_tiny"):
             build_model(name, vocab_size=320)
-    for item in json.loads(Path(sys.argv[1]).read_text()):
+    for item in json.loads(plan.read_text()):
         child = os.fork()
         if child == 0:
-            status = run(item["recipe"], item["flags"], item["port"])
+            os.environ.update(item["env"])
+            with around(item["flags"]) if around else contextlib.nullcontext():
+                status = run(item["recipe"], item["flags"], item["port"])
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status != 0:
             sys.exit(f"rank {os.environ.get('RANK', '0')}: status {status} from {item['flags']}")
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))

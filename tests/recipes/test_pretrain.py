@@ -1,6 +1,7 @@
 """recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -238,6 +239,12 @@ def test_dry_run_prints_config_sizes_and_two_decoded_rows_and_writes_nothing(tin
     done = launch(*flags, "--dry_run", processes=2)
     assert "max_steps: 20" in done.stdout and "memory per rank" in done.stdout
     assert "tokens per step       1,024 = 2 rank(s) × 2 micro-batch(es) × 4 row(s)" in done.stdout
+    # Between two ranks a ring sends S for an all-reduce of S, and half of it for an all-gather.
+    gradients = 4 * int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")) / 1e6
+    assert (
+        f"sent per rank, step   {1.5 * gradients:.3f} MB under zero1 (gradients {gradients:.3f}, "
+        f"weights {gradients / 2:.3f}" in done.stdout
+    )
     assert "row 1 of tiny" in done.stdout and "row 2 of tiny" in done.stdout
     assert "<|endoftext|>" in done.stdout and not output_dir.exists()
 
