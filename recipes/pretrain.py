@@ -179,6 +179,10 @@ def main(args: PretrainArguments) -> None:
         except RuntimeError as error:
             stop(f"--torch_compile true: {error}")
     config, parameters = model.config, count_parameters(model)
+    try:
+        spread_experts(model, args.expert_parallel_size, rank())
+    except ValueError as error:
+        stop(str(error))
     if args.dry_run:
         print_dry_run(
             args, accelerator, config, parameters, tokenizer, [next(stream), next(stream)]
@@ -186,10 +190,6 @@ def main(args: PretrainArguments) -> None:
         stream.close()
         engine.leave(accelerator)
 
-    try:
-        spread_experts(model, args.expert_parallel_size, rank())
-    except ValueError as error:
-        stop(str(error))
     optimizer = build_optimizer(
         model.to(accelerator.device),
         learning_rate=args.learning_rate,

@@ -185,6 +185,10 @@ def main(args: SftArguments) -> None:
         except RuntimeError as error:
             stop(f"--torch_compile true: {error}")
     config, parameters = model.config, count_parameters(model)
+    try:
+        spread_experts(model, args.expert_parallel_size, rank())
+    except ValueError as error:
+        stop(str(error))
     if args.dry_run:
         print_dry_run(
             args, accelerator, config, parameters, tokenizer, [next(stream), next(stream)]
@@ -192,10 +196,6 @@ def main(args: SftArguments) -> None:
         stream.close()
         engine.leave(accelerator)
 
-    try:
-        spread_experts(model, args.expert_parallel_size, rank())
-    except ValueError as error:
-        stop(str(error))
     optimizer = build_optimizer(
         model.to(accelerator.device),
         learning_rate=args.learning_rate,

@@ -22,12 +22,14 @@ class ParameterCounts:
     """Trainable parameters, a tied weight once.
 
     ``active`` takes part in one token's inference: of the routed experts those that a router picks,
-    and no multi-token-prediction module. ``mtp`` is the size of those modules.
+    and no multi-token-prediction module. ``mtp`` is the size of those modules, ``experts`` that of
+    all routed experts, ``idle_experts`` of those that one token does not use.
     """
 
     total: int
     active: int
     mtp: int
+    experts: int
     idle_experts: int
 
     def __str__(self) -> str:
@@ -40,20 +42,21 @@ class ParameterCounts:
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count a model that is not wrapped or partitioned yet."""
     config: Any = model.config
-    total = active = mtp = idle = 0
+    total = active = mtp = experts = idle = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         total += size
         unused = 0
         if re.search(r"\.experts\.(gate_up|down)_proj$", name):  # (E, …): a token uses K of E
             unused = size - size * config.num_experts_per_tok // parameter.shape[0]
+            experts += size
             idle += unused
         layer = re.search(r"\blayers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             mtp += size
         else:
             active += size - unused
-    return ParameterCounts(total, active, mtp, idle)
+    return ParameterCounts(total, active, mtp, experts, idle)
 
 
 def training_flops_per_token(
@@ -74,23 +77,31 @@ def training_flops_per_token(
     return 6.0 * multiplied + mixing_flops_per_token(config, seq_len)
 
 
-def memory_per_rank(parameters: int, *, world_size: int, bf16: bool) -> dict[str, float]:
+def memory_per_rank(
+    parameters: ParameterCounts, *, world_size: int, bf16: bool, expert_parallel_size: int = 1
+) -> dict[str, float]:
     """GiB of weights, gradients and AdamW state per rank at each ZeRO stage (no activations).
 
     ZeRO (Rajbhandari et al. 2020, fig. 1) as ``ds_configs/`` sets it up: stage 1 splits the
     optimizer state (two moments and fp32 master weights, which DeepSpeed keeps in fp32 runs too), 2
     the gradients too, 3 the weights too. Gradients accumulate in fp32, but at stage 1 in the
     weights' type. ``zero0`` is what DDP and a single process hold: fp32 weights, under autocast in
-    bf16 (DeepSpeed's own stage 0 refuses bf16).
+    bf16 (DeepSpeed's own stage 0 refuses bf16). With experts spread, which ``zero0`` does not do, a
+    rank has 1/``expert_parallel_size`` of them, and what ZeRO splits it splits over the other ranks
+    that have the same ones: to the same 1/``world_size``.
     """
-    weights, gradients = parameters * (2 if bf16 else 4), parameters * 4
-    moments, master = parameters * 8, parameters * 4
+    total = parameters.total
+    here = total - parameters.experts + parameters.experts // expert_parallel_size
+    weight = 2 if bf16 else 4
+    moments, master = total * 8, total * 4
     stages = {
-        "zero0": parameters * 4 + gradients + moments,
-        "zero1": weights + weights + (moments + master) / world_size,
-        "zero2": weights + (gradients + moments + master) / world_size,
-        "zero3": (weights + gradients + moments + master) / world_size,
+        "zero0": total * (4 + 4 + 8),
+        "zero1": here * (weight + weight) + (moments + master) / world_size,
+        "zero2": here * weight + (total * 4 + moments + master) / world_size,
+        "zero3": (total * (weight + 4) + moments + master) / world_size,
     }
+    if expert_parallel_size > 1:
+        del stages["zero0"]
     return {stage: size / GIB for stage, size in stages.items()}
 
 
@@ -168,7 +179,12 @@ def dry_run_report(
     micro_batches: int,
 ) -> str:
     """The sizes of a run as text, for ``--dry_run``."""
-    memory = memory_per_rank(parameters.total, world_size=world_size, bf16=args.bf16)
+    memory = memory_per_rank(
+        parameters,
+        world_size=world_size,
+        bf16=args.bf16,
+        expert_parallel_size=args.expert_parallel_size,
+    )
     lines = [
         f"model                 {parameters}",
         f"training FLOPs/token  {training_flops_per_token(config, parameters, args.seq_len):.3e}",
@@ -178,6 +194,7 @@ def dry_run_report(
         f"tokens of the run     {args.global_batch_tokens * args.max_steps:,}",
         "memory per rank       "
         + ", ".join(f"{stage} {gib:.3f} GiB" for stage, gib in memory.items())
-        + " (weights, gradients, optimizer state; activations come on top; ddp is as zero0)",
+        + " (weights, gradients, optimizer state; activations come on top"
+        + ("; ddp is as zero0)" if args.expert_parallel_size == 1 else ")"),
     ]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from mini_llm import build_model
 from mini_llm.data import collate, load_tokenizer, open_stream
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from mini_llm.training.sizes import GIB, memory_per_rank
+from mini_llm.training.sizes import GIB, ParameterCounts, memory_per_rank
 from tests.conftest import TinyData
 from tests.launching import TINY_MODEL, TINY_RUN, facts, launch_several, metrics, series
 
@@ -359,9 +359,9 @@ def test_run_json_shows_the_engine_by_the_bytes_that_each_rank_holds(engine, fol
 )
 def test_every_rank_holds_the_bytes_that_a_dry_run_estimates(run, folder_of):
     weights = load_file(folder_of(run) / "final" / "model.safetensors")
-    estimates = memory_per_rank(
-        sum(weight.numel() for weight in weights.values()), world_size=run.ranks, bf16=run.bf16
-    )
+    total = sum(weight.numel() for weight in weights.values())
+    counts = ParameterCounts(total, active=total, mtp=0, experts=0, idle_experts=0)
+    estimates = memory_per_rank(counts, world_size=run.ranks, bf16=run.bf16)
     held = facts(folder_of(run))["bytes_per_rank"]
     for of_one_rank in zip(*held.values(), strict=True):
         # Beyond the estimate: a gradient that ZeRO-2 holds uncut, norm weights that ZeRO-3 does.

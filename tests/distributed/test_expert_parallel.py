@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mini_llm import load_model
 from mini_llm.data import collate, open_validation
 from mini_llm.training.balancing import find_routers
+from mini_llm.training.sizes import GIB, count_parameters, memory_per_rank
 from tests.conftest import TINY_MODELS, TinyConversations, TinyData
 from tests.distributed.test_engines import BF16_TOLERANCE
 from tests.launching import SFT_RUN, TINY_RUN, facts, launch_several, metrics, series
@@ -207,6 +208,17 @@ def test_each_rank_holds_half_of_the_experts_their_gradients_and_optimizer_state
     assert half > whole / 10
     if stage < 3:  # and all other weights
         assert held["parameters"] == [whole - half] * 2
+    if stage != 2:  # which holds a gradient that a partition boundary cuts whole, here the largest
+        estimate = memory_per_rank(
+            count_parameters(load_model(run / "final")),
+            world_size=2,
+            bf16=False,
+            expert_parallel_size=2,
+        )[f"zero{stage}"]
+        for kinds in zip(
+            held["parameters"], held["gradients"], held["optimizer_state"], strict=True
+        ):
+            assert sum(kinds) / GIB == pytest.approx(estimate, rel=0.02)
 
 
 @pytest.mark.slow

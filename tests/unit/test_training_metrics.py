@@ -11,7 +11,12 @@ from mini_llm import build_model, list_models
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter
 from mini_llm.training.plots import plot_loss
 from mini_llm.training.run_folder import check_run_folder, write_json
-from mini_llm.training.sizes import count_parameters, memory_per_rank, training_flops_per_token
+from mini_llm.training.sizes import (
+    ParameterCounts,
+    count_parameters,
+    memory_per_rank,
+    training_flops_per_token,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +104,21 @@ def test_parameters_are_counted_once_and_split_into_active_and_idle():
 
 
 def test_memory_falls_with_the_stage_and_zero3_splits_everything():
-    memory = memory_per_rank(10**9, world_size=4, bf16=True)
+    dense = ParameterCounts(10**9, active=10**9, mtp=0, experts=0, idle_experts=0)
+    memory = memory_per_rank(dense, world_size=4, bf16=True)
     sizes = [memory[f"zero{stage}"] for stage in range(4)]
     assert sizes == sorted(sizes, reverse=True)
     # 2 weights + 4 gradients + 12 optimizer and master bytes a parameter, over four ranks
     assert sizes[3] == pytest.approx(18e9 / 4 / 2**30)
+
+
+def test_memory_with_spread_experts_is_less_by_the_weights_and_gradients_of_the_others():
+    counts = ParameterCounts(10**9, active=10**8, mtp=0, experts=8 * 10**8, idle_experts=0)
+    whole = memory_per_rank(counts, world_size=4, bf16=True)
+    spread = memory_per_rank(counts, world_size=4, bf16=True, expert_parallel_size=2)
+    saved = {stage: whole[stage] - spread[stage] for stage in spread}
+    weights = 2 * 4e8 / 2**30
+    assert saved == pytest.approx({"zero1": 2 * weights, "zero2": weights, "zero3": 0}, abs=1e-6)
 
 
 def test_a_folder_of_the_same_run_is_accepted_and_another_names_the_keys(tmp_path):
