@@ -53,11 +53,7 @@ def launch(options: Options) -> int:
     nodes = find_nodes(options, os.environ, processes)
     ready = build_launch(options, nodes, processes, os.environ)
     if nodes.rank == 0 and nodes.main_ip is not None:
-        if not network.is_this_machine(network.resolve(nodes.main_ip)):
-            raise UsageError(
-                f"--main_ip {nodes.main_ip} is not an address of this machine, which is node 0; it "
-                f"has {', '.join(sorted(network.own_addresses()))}"
-            )
+        network.check_is_this_machine(nodes.main_ip)
         if not options.print:
             network.check_port_is_free(nodes.main_port)
     if options.print:

@@ -34,9 +34,24 @@ def resolve(host: str) -> str:
     return str(found[0][4][0])
 
 
-def is_this_machine(address: str) -> bool:
-    """Whether connections to ``address`` end here."""
-    return ipaddress.ip_address(address).is_loopback or address in own_addresses()
+def check_is_this_machine(main_ip: str) -> None:
+    """Raise UsageError unless connections to ``main_ip`` end here."""
+    try:
+        address = resolve(main_ip)
+    except OSError as error:
+        raise _unreachable(main_ip, error) from None
+    if not ipaddress.ip_address(address).is_loopback and address not in own_addresses():
+        raise UsageError(
+            f"--main_ip {main_ip} is not an address of this machine, which is node 0; it has "
+            f"{', '.join(sorted(own_addresses()))}"
+        )
+
+
+def _unreachable(main_ip: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"--main_ip {main_ip} cannot be reached from this machine ({error.strerror or error}); "
+        "give an address of node 0 on a network that all nodes share"
+    )
 
 
 def address_towards(address: str) -> str:
@@ -52,10 +67,7 @@ def interface_towards(main_ip: str) -> str:
         address = resolve(main_ip)
         own = address_towards(address)
     except OSError as error:
-        raise UsageError(
-            f"--main_ip {main_ip} cannot be reached from this machine ({error.strerror or error}); "
-            "give an address of node 0 on a network that all nodes share"
-        ) from None
+        raise _unreachable(main_ip, error) from None
     if ipaddress.ip_address(own).is_loopback and main_ip not in (address, "localhost"):
         # The name of this very machine, which its hosts file gives to the loopback interface.
         own = own_address(None)

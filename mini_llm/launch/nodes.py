@@ -96,13 +96,18 @@ def job_key(environment: Mapping[str, str]) -> str:
 
 # ---------------------------------------------------------------- SLURM
 
+# The step in which we run, where it is none that srun started.
+BATCH = ""  # a batch script, which has no step id
+SLURM_SHELL = "4294967290"  # the shell that salloc opens
+
 
 def _from_slurm(options: Options, environment: Mapping[str, str]) -> Nodes | None:
     """This task of `srun`; None outside SLURM, and on one node of it."""
     if "SLURM_JOB_ID" not in environment:
         return None
     allocated = _slurm_number(environment, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-    if "SLURM_STEP_NUM_TASKS" not in environment:  # a batch script or a shell of salloc
+    step = environment.get("SLURM_STEP_ID", BATCH)
+    if step in (BATCH, SLURM_SHELL):
         if allocated > 1 and options.nodes != 1:
             raise UsageError(
                 f"this SLURM job has {allocated} nodes, but only srun starts something on each: "

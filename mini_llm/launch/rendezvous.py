@@ -12,8 +12,9 @@ What an earlier job left must not be taken for this one's:
   opens the next round, and node 0 of a full round deletes the older ones.
 - A round that is not full belongs to nodes that wait, and those touch their files every second.
   One that gives up or is interrupted deletes its file, and the rank is free again. One that was
-  killed does not: its file grows old, and after STALE_SECONDS the others begin a new round.
-  Until then nobody goes on with it: each one must have touched its file since one came oneself.
+  killed does not, so a node takes another for alive only if that one has touched its file since it
+  made its own. A dead one's rank is one too few for all: the last node to come opens the next
+  round, and those that wait follow it there.
 - All of these times are the file server's, so the nodes' clocks do not matter.
 
 So the one thing that is not seen through is a node that is started twice, or nodes of two jobs
@@ -33,8 +34,6 @@ from pathlib import Path
 from .options import UsageError
 
 LOOK_SECONDS = 1.0
-# Above the minute for which an NFS client may show another node's file as it was.
-STALE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,13 @@ class _Meeting:
                     self._register(max(self._rounds(), default=self._round))
                 registrations, touched = self._read()
                 self._check_agree(registrations)
-                # A node that was killed a moment ago has not touched its file since this one came.
                 alive = all(moment >= self._since for moment in touched.values())
                 if len(registrations) == self._mine.nodes and alive:
                     break
                 newest = max(self._rounds(), default=self._round)
-                someone_is_gone = touched[self._rank] - min(touched.values()) > STALE_SECONDS
-                if newest > self._round or someone_is_gone:
+                if newest > self._round:
                     self._withdraw()
-                    self._register(max(newest, self._round + 1))
+                    self._register(newest)
                     continue
                 if time.monotonic() > deadline:
                     raise self._too_late(registrations, seconds)

@@ -340,7 +340,7 @@ def test_setup_with_dev_installs_the_debian_packages_that_tests_need(machine: Ma
     assert machine.launch("setup").returncode == 0
     assert not calls.exists()  # nobody but a developer needs them
     assert machine.launch("setup", "--dev").returncode == 0
-    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh\n"
+    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh iproute2\n"
     calls.unlink()
     assert machine.launch("setup", "--dev").stdout.startswith("already set up: ")
     assert calls.exists()  # they may be gone while the environment is still there
@@ -352,7 +352,7 @@ def test_setup_goes_on_and_says_so_without_the_rights_to_install_debian_packages
     calls = without_test_packages(machine, user=1000)
     result = machine.launch("setup", "--dev")
     assert result.returncode == 0
-    assert "to run them too: sudo apt-get install manpages-zh" in result.stderr
+    assert "to run them too: sudo apt-get install manpages-zh iproute2" in result.stderr
     assert not calls.exists()
 
 
@@ -360,7 +360,7 @@ def test_setup_goes_on_and_says_so_where_a_debian_package_cannot_be_had(machine:
     calls = without_test_packages(machine, user=0)
     result = machine.launch("setup", "--dev", APT_STATUS="100")
     assert result.returncode == 0
-    assert "manpages-zh cannot be had" in result.stderr
+    assert "manpages-zh iproute2 cannot be had" in result.stderr
     assert calls.read_text().splitlines()[1] == "update"  # the lists may be old, or none there
 
 
@@ -439,7 +439,7 @@ def test_a_later_setup_keeps_the_torch_build_that_was_chosen(machine: Machine) -
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     assert shellcheck is not None, "shellcheck is missing; run ./launch.sh setup --dev"
-    scripts = ["launch.sh", ".ci/run"]
+    scripts = ["launch.sh", ".ci/run", "examples/pretrain.sbatch"]
     result = subprocess.run(
         [shellcheck, *scripts], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
