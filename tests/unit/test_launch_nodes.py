@@ -376,6 +376,15 @@ def test_each_host_gets_its_rank_the_slots_and_a_short_part_of_the_environment(
         ]
 
 
+def test_a_host_without_the_project_says_so_and_ends_with_status_2() -> None:
+    options = parse_options("pretrain", [])
+    made = host_commands(options, TWO, {}, Path("/no/such/project of mine"))
+    line = made["gpu07"][-1]
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "gpu07 has no /no/such/project of mine/launch.sh; the project must lie" in done.stderr
+
+
 def test_pdsh_is_taken_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

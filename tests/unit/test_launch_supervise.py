@@ -51,7 +51,8 @@ from mini_llm.launch.supervise import supervise
 def command(attempt):
     print("try", attempt, flush=True)
     return [sys.executable, "-c", {ACCELERATE!r}]
-sys.exit(supervise(command, os.environ, max_restarts=int(sys.argv[1]), wait_seconds=float(sys.argv[2])))
+restarts, seconds = int(sys.argv[1]), float(sys.argv[2])
+sys.exit(supervise(command, os.environ, max_restarts=restarts, wait_seconds=seconds))
 """
 
 
@@ -187,9 +188,9 @@ def test_a_signal_between_two_tries_ends_the_waiting_with_the_failure(
 def test_a_launcher_without_ranks_yet_ends_at_the_first_signal(
     programs: list[Program], tmp_path: Path
 ) -> None:
-    code = SUPERVISE.replace(
-        repr(ACCELERATE), repr("import time; print('alone', flush=True); time.sleep(60)")
-    )
+    alone = "import time; print('alone', flush=True); time.sleep(60)"
+    alone = "import time; print('alone', flush=True); time.sleep(60)"
+    code = SUPERVISE.replace(repr(ACCELERATE), repr(alone))
     programs.append(Program(code, "3", "0.1", log=tmp_path / "log"))
     programs[-1].wait_for("alone")
     programs[-1].process.send_signal(signal.SIGTERM)
@@ -258,7 +259,7 @@ def test_a_signal_reaches_every_host(programs: list[Program], ssh: Path, sent: i
 def test_a_signal_while_a_connection_is_being_made_ends_it(
     programs: list[Program], ssh: Path
 ) -> None:
-    run = fanned_out(programs, ssh, "echo no process yet; sleep 60")
+    run = fanned_out(programs, ssh, "echo no process yet; exec sleep 60")
     run.wait_for("here: no process yet")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM
