@@ -59,10 +59,20 @@ def launch(options: Options) -> int:
     if options.print:
         print(ready.shell_line())
         return 0
+    hint = ""
     if nodes.count > 1:
         print(ready.start_block(os.environ), flush=True)
-    environment = {**os.environ, **ready.variables}
-    return supervise(ready.command, environment, max_restarts=options.max_restarts)
+        hint = (
+            f"the nodes meet at {nodes.main_ip}, port {nodes.main_port}, within "
+            f"{options.rendezvous_timeout} s; check that all {nodes.count} were started with the "
+            "same --nodes and --main_port, and that no firewall is between them"
+        )
+    return supervise(
+        ready.command,
+        {**os.environ, **ready.variables},
+        max_restarts=options.max_restarts,
+        hint_without_ranks=hint,
+    )
 
 
 if __name__ == "__main__":

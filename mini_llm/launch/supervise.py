@@ -27,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USAGE_ERROR = 2
 # Between two tries: what is left of the failed one lets go of devices and memory.
 WAIT_SECONDS = 10.0
+LOOK_SECONDS = 1.0
 
 
 def supervise(
@@ -35,32 +36,32 @@ def supervise(
     *,
     max_restarts: int = 0,
     wait_seconds: float = WAIT_SECONDS,
+    hint_without_ranks: str = "",
 ) -> int:
     """Run ``command(0)`` and, after a failure, ``command(1)`` and so on; return the exit status.
 
     That is 0 where the run finished or was stopped on purpose, and 2 where its arguments were
     refused. Neither starts again, nor does a run whose launcher was signalled.
+    ``hint_without_ranks`` is said after a failure before any rank was there.
     """
     supervisor = _Supervisor()
     for attempt in range(max_restarts + 1):
         status = supervisor.run(command(attempt), environment)
+        if status and hint_without_ranks and not supervisor.had_ranks:
+            _say(f"no rank was started on this node: {hint_without_ranks}")
         if status in (0, USAGE_ERROR) or supervisor.signalled:
             return status
         if attempt < max_restarts:
-            print(
-                f"launch.sh: the run failed with status {status}; restart {attempt + 1} of "
-                f"{max_restarts} in {wait_seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"the run failed with status {status}; restart {attempt + 1} of {max_restarts} in "
+                f"{wait_seconds:.0f} s"
             )
             if not supervisor.sleep(wait_seconds):
                 return status
     if max_restarts:
-        print(
-            f"launch.sh: the run failed with status {status}; no restart is left of the "
-            f"{max_restarts} of --max_restarts",
-            file=sys.stderr,
-            flush=True,
+        _say(
+            f"the run failed with status {status}; no restart is left of the {max_restarts} of "
+            "--max_restarts"
         )
     return status
 
@@ -70,6 +71,7 @@ class _Supervisor:
 
     def __init__(self) -> None:
         self.signalled = 0  # times
+        self.had_ranks = False  # in the last run
         self._launcher: subprocess.Popen[bytes] | None = None
         for number in (*SIGNALS, signal.SIGUSR1):
             signal.signal(number, self._hand_on)
@@ -86,7 +88,7 @@ class _Supervisor:
             )
             if self.signalled:  # between the check for it and now
                 self._launcher.terminate()
-            status = self._launcher.wait()
+            status = self._wait(self._launcher)
             self._launcher = None
             word = read_note(note)
         if word in (SAVED, FINISHED):
@@ -94,6 +96,15 @@ class _Supervisor:
         if word == REFUSED:
             return USAGE_ERROR
         return status if status >= 0 else 128 - status  # as a shell reports a signal
+
+    def _wait(self, launcher: "subprocess.Popen[bytes]") -> int:
+        """Its exit status; looks meanwhile whether it starts ranks."""
+        self.had_ranks = False
+        while True:
+            try:
+                return launcher.wait(None if self.had_ranks else LOOK_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.had_ranks = bool(_children(launcher.pid))
 
     def sleep(self, seconds: float) -> bool:
         """Wait; False at once if a signal comes."""
@@ -107,20 +118,28 @@ class _Supervisor:
         if self._launcher is None:
             return
         number = signal.SIGTERM if number == signal.SIGUSR1 else number
+        ranks = _children(self._launcher.pid)
         # A second one asks the ranks to leave without saving, a third the launcher to end them.
-        if self.signalled > 2 or not _signal_children(self._launcher.pid, number):
+        if ranks and self.signalled <= 2:
+            _signal(ranks, number)
+        else:
             self._launcher.terminate()
 
 
-def _signal_children(pid: int, number: int) -> bool:
-    """Whether there were any."""
-    children = []
+def _children(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(pid).children()
-    for child in children:
+        return list(psutil.Process(pid).children())
+    return []
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
-    return bool(children)
+            process.send_signal(number)
+
+
+def _say(text: str) -> None:
+    print(f"launch.sh: {text}", file=sys.stderr, flush=True)
 
 
 def _before_the_launcher() -> None:

@@ -52,7 +52,8 @@ def command(attempt):
     print("try", attempt, flush=True)
     return [sys.executable, "-c", {ACCELERATE!r}]
 restarts, seconds = int(sys.argv[1]), float(sys.argv[2])
-sys.exit(supervise(command, os.environ, max_restarts=restarts, wait_seconds=seconds))
+sys.exit(supervise(command, os.environ, max_restarts=restarts, wait_seconds=seconds,
+                   hint_without_ranks="they meet"))
 """
 
 
@@ -185,6 +186,19 @@ def test_a_signal_between_two_tries_ends_the_waiting_with_the_failure(
     assert "try 1" not in run.said()
 
 
+def test_a_failure_of_a_rank_is_not_blamed_on_the_meeting(
+    programs: list[Program], tmp_path: Path
+) -> None:
+    run = supervised(programs, tmp_path)
+    run.wait_for("rank is ready")
+    (accelerate,) = psutil.Process(run.process.pid).children()
+    (rank,) = accelerate.children()
+    time.sleep(1.5)  # longer than from one look for ranks to the next
+    rank.kill()
+    assert run.wait() == 1
+    assert "no rank was started" not in run.said()
+
+
 def test_a_launcher_without_ranks_yet_ends_at_the_first_signal(
     programs: list[Program], tmp_path: Path
 ) -> None:
@@ -196,6 +210,7 @@ def test_a_launcher_without_ranks_yet_ends_at_the_first_signal(
     programs[-1].process.send_signal(signal.SIGTERM)
     assert programs[-1].wait() == 128 + signal.SIGTERM
     assert "try 1" not in programs[-1].said()
+    assert "launch.sh: no rank was started on this node: they meet" in programs[-1].said()
 
 
 # ------------------------------------------------------------------ a hostfile's hosts
