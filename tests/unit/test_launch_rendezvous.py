@@ -71,6 +71,23 @@ def test_the_first_node_is_node_0(nodes: Nodes) -> None:
     assert second.result().registrations[0] == node(1)
 
 
+def test_a_node_that_comes_while_another_looks_learns_that_it_is_still_there(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, later = rendezvous._Meeting._read, []
+
+    def read_late(self: rendezvous._Meeting) -> tuple[dict[int, Registration], dict[int, float]]:
+        if self._mine == node(1) and not later:  # it has touched its file, and goes on at once
+            time.sleep(0.1)
+            later.append(nodes.start(node(2), seconds=5))
+            nodes.wait_for_files(2)
+        return read(self)
+
+    monkeypatch.setattr(rendezvous._Meeting, "_read", read_late)
+    assert nodes.start(node(1)).result(SECONDS).rank == 0
+    assert later[0].result(SECONDS).rank == 1
+
+
 def meet_twice(nodes: Nodes, numbers: tuple[int, int]) -> tuple[Meeting, Meeting]:
     first, second = (nodes.start(node(number)) for number in numbers)
     return first.result(SECONDS), second.result(SECONDS)

@@ -223,6 +223,31 @@ def test_pretrain_starts_one_process_per_gpu_that_torch_can_use(
     assert ("CPU build" in result.stderr) == (cuda == "None")
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [(0, "2"), (1, "1"), (2, "2")])
+def test_quickstart_trains_both_models_on_two_processes_but_on_one_with_one_gpu(
+    machine: Machine, gpus: int, processes: str
+) -> None:
+    machine.with_environment()
+    inputs = b"".join(
+        (REPOSITORY / name).read_bytes() for name in ("pyproject.toml", "mini_llm/constraints.txt")
+    )
+    sum_ = subprocess.run(["cksum"], input=inputs, capture_output=True, check=True).stdout.decode()
+    stamp = f"inputs={sum_.replace(' ', '').strip()}\nroot={REPOSITORY}\nvenv={machine.venv}\n"
+    (machine.venv / ".mini_llm_setup").write_text(stamp)
+    asked = machine.tool("python", f'[ "$3" = gpus ] && echo {gpus}\nexit 0')
+    shutil.copy(asked, machine.venv / "bin/python")
+    told = machine.tool("accelerate", 'echo "${DS_ACCELERATOR:-gpu} $*"')
+    shutil.copy(told, machine.venv / "bin/accelerate")
+    result = machine.launch("quickstart", OMP_NUM_THREADS="")
+    assert result.returncode == 0, result.stderr
+    runs = [line.split() for line in result.stdout.splitlines() if " launch " in line]
+    assert [words[-1] for words in runs] == ["recipes/pretrain.py", "recipes/sft.py"]
+    for words in runs:
+        assert words[0] == ("gpu" if gpus else "cpu")
+        assert words[words.index("--num_processes") + 1] == processes
+        assert 1 <= int(words[words.index("--num_cpu_threads_per_process") + 1]) <= 4
+
+
 # ------------------------------------------------------------------ set-up
 
 
