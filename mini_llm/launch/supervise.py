@@ -47,7 +47,8 @@ def supervise(
     supervisor = _Supervisor()
     for attempt in range(max_restarts + 1):
         status = supervisor.run(command(attempt), environment)
-        if status and hint_without_ranks and not supervisor.had_ranks:
+        told = supervisor.had_ranks or supervisor.signalled
+        if status and hint_without_ranks and not told:
             _say(f"no rank was started on this node: {hint_without_ranks}")
         if status in (0, USAGE_ERROR) or supervisor.signalled:
             return status

@@ -83,6 +83,23 @@ def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
             process.wait()
 
 
+def test_arguments_that_ranks_refuse_end_with_status_2_and_are_not_tried_again(
+    machine: dict[str, str],
+) -> None:
+    words = ["./launch.sh", "pretrain", "--procs_per_node", "2", "--max_restarts", "3"]
+    done = subprocess.run(
+        [*words, "--max_stepz", "3"],
+        cwd=REPOSITORY,
+        env=machine,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr and "--max_stepz" in done.stderr
+    assert "restart" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_hostfile_trains_on_its_hosts_as_on_one_node_and_shows_who_says_what(
     tiny_data: TinyData, tmp_path: Path, machine: dict[str, str]

@@ -210,6 +210,15 @@ def test_a_launcher_without_ranks_yet_ends_at_the_first_signal(
     programs[-1].process.send_signal(signal.SIGTERM)
     assert programs[-1].wait() == 128 + signal.SIGTERM
     assert "try 1" not in programs[-1].said()
+    assert "no rank was started" not in programs[-1].said()
+
+
+def test_a_failure_before_there_are_ranks_says_where_the_nodes_were_to_meet(
+    programs: list[Program], tmp_path: Path
+) -> None:
+    code = SUPERVISE.replace(repr(ACCELERATE), repr("raise SystemExit(1)"))
+    programs.append(Program(code, "0", "0.1", log=tmp_path / "log"))
+    assert programs[-1].wait() == 1
     assert "launch.sh: no rank was started on this node: they meet" in programs[-1].said()
 
 
