@@ -84,8 +84,8 @@ def own_address(interface: str | None) -> str:
     if interface is not None:
         if interface not in by_interface:
             raise UsageError(
-                f"--network_interface {interface} does not exist here or has no IPv4 address; this "
-                f"machine has {', '.join(sorted(by_interface))}"
+                f"--network_interface or GLOO_SOCKET_IFNAME {interface} does not exist here or has "
+                f"no IPv4 address; this machine has {', '.join(sorted(by_interface))}"
             )
         return by_interface[interface]
     with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,7 +139,10 @@ def test_a_name_that_nobody_knows_and_an_interface_that_is_not_there_are_refused
     assert main(["sft", *flags, "no-such-host.invalid"]) == 2
     assert "--main_ip no-such-host.invalid cannot be reached" in capsys.readouterr().err
     assert main(["sft", *flags, "127.0.0.1", "--network_interface", "eth99"]) == 2
-    assert "--network_interface eth99 does not exist here" in capsys.readouterr().err
+    assert (
+        "--network_interface or GLOO_SOCKET_IFNAME eth99 does not exist here"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_port_that_another_process_has_is_refused_on_node_0(
@@ -278,6 +282,33 @@ def test_a_node_that_knows_itself_by_a_loopback_address_takes_the_interface_othe
     monkeypatch.setattr(network, "own_address", lambda interface: "10.0.0.5")
     monkeypatch.setattr(network, "own_addresses", lambda: {"127.0.0.1": "lo", "10.0.0.5": "eth7"})
     assert network.interface_towards("gpu07") == "eth7"
+
+
+def without_a_default_route(monkeypatch: pytest.MonkeyPatch, **addresses: str) -> None:
+    def no_route(address: str) -> str:
+        raise OSError(101, "Network is unreachable")
+
+    up = SimpleNamespace(isup=True)
+    found = {address: name for name, address in addresses.items()} | {"127.0.0.1": "lo"}
+    monkeypatch.setattr(network, "address_towards", no_route)
+    monkeypatch.setattr(network, "own_addresses", lambda: found)
+    monkeypatch.setattr(network.psutil, "net_if_stats", lambda: dict.fromkeys(found.values(), up))
+
+
+def test_without_a_default_route_the_only_network_is_the_one_to_the_other_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_a_default_route(monkeypatch, ib0="10.1.0.5")
+    assert network.own_address(None) == "10.1.0.5"
+
+
+def test_several_networks_without_a_default_route_need_the_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_a_default_route(monkeypatch, ib0="10.1.0.5", eth0="10.2.0.5")
+    with pytest.raises(UsageError, match=r"eth0 \(10.2.0.5\), ib0 \(10.1.0.5\); name the one"):
+        network.own_address(None)
+    assert network.own_address("ib0") == "10.1.0.5"
 
 
 def test_the_start_block_names_place_meeting_point_variables_and_time_outs() -> None:
