@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,11 @@ def launch_on_both(nodes: TwoNodes, folder: Path, flags: list[list[str]]) -> lis
         )
         for node, words in enumerate(flags)
     ]
-    statuses = [process.wait(PATIENCE) for process in processes]
+    deadline = time.monotonic() + PATIENCE
+    while None in (statuses := [process.poll() for process in processes]):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     said = [log.read_text() for log in logs]
     assert statuses == [0, 0], "\n".join(said)
     return said
