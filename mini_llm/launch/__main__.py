@@ -5,8 +5,11 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from . import network
 from .command import REPOSITORY, build_launch, processes_per_node
@@ -75,5 +78,12 @@ def launch(options: Options) -> int:
     )
 
 
+def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """On a signal before anything was started: clear up what a rendezvous began, and end."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    for early in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(early, leave)
     sys.exit(main(sys.argv[1:]))

@@ -172,8 +172,9 @@ def fan_out(commands: Mapping[str, list[str]], *, grace_seconds: float = GRACE_S
         signal.signal(number, hand_on)
     while any(node.status() is None for node in nodes):
         for node in nodes:
-            if node.status() and not status:
-                status = node.status() or 1
+            ended = node.status()
+            if ended and not status:
+                status = ended
                 deadline = time.monotonic() + grace_seconds
                 _say(f"{node.host} ended with status {status}; ending the others")
                 hand_on(signal.SIGTERM, None)

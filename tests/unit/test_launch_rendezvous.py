@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mini_llm.launch import rendezvous
+from mini_llm.launch.command import REPOSITORY
 from mini_llm.launch.options import UsageError
 from mini_llm.launch.rendezvous import Meeting, Registration, meet
 
@@ -138,6 +142,23 @@ def test_a_node_that_gives_up_or_is_interrupted_leaves_its_rank_to_others(nodes:
     assert "within 0 s only 1 of 3 nodes came: 0 (host1); node 1, 2 did not" in str(late.value)
     assert nodes.files() == []
     assert {meeting.rank for meeting in meet_twice(nodes, (2, 3))} == {0, 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_waits_for_others_clears_up_at_a_signal(
+    nodes: Nodes, number: signal.Signals
+) -> None:
+    flags = ["--nodes", "2", "--rendezvous_file", str(nodes.path), "--network_interface", "lo"]
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "mini_llm.launch", "pretrain", *flags],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+    )
+    nodes.wait_for_files(1)
+    waiting.send_signal(number)
+    assert waiting.communicate(timeout=SECONDS)[1] == b""
+    assert waiting.returncode == 128 + number
+    assert nodes.files() == []
 
 
 def test_jobs_of_a_batch_system_do_not_meet_each_other(nodes: Nodes) -> None:
