@@ -14,7 +14,7 @@ CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
-TEST_PACKAGES="manpages-zh" # Debian packages that tests need; without one its tests are skipped
+TEST_PACKAGES="manpages-zh iproute2" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
@@ -33,12 +33,17 @@ Usage: ./launch.sh COMMAND [flags]
                processes
   test         set up with --dev, then run the tests; every other flag goes to pytest
                  --slow              run the slow tests instead of the quick ones
-  pretrain     train on this machine; every other flag goes to recipes/pretrain.py
-  sft          fine-tune on conversations; every other flag goes to recipes/sft.py. Both take:
+  pretrain     train, on this machine or on several; recipe flags go to recipes/pretrain.py
+  sft          fine-tune on conversations; recipe flags go to recipes/sft.py. Both take:
                  --config_file F     Accelerate config (default accelerate_configs/zero1.yaml)
                  --procs_per_node N  processes (default: one per GPU, 1 without a GPU)
-                 --main_port P       port of the first process (default: a free one)
+                 --max_restarts N    after a failure, start again at most N times (default 0)
                  --print             print the command and exit
+                 --help              all flags
+               On several nodes: by SLURM's srun, or with one of
+                 --hostfile F                              from one machine, by pdsh or ssh
+                 --nodes N --node_rank R --main_ip IP      on every node
+                 --nodes N --rendezvous_file PATH          on every node
   doctor       versions, devices, memory, and whether DeepSpeed starts on 2 processes
                  --data PATH         examine the data there instead: one shard through the pipeline
                  --tokenizer DIR, --seq_len N   for --data
@@ -129,33 +134,6 @@ installed_torch() { # installed_torch __version__|cuda: of the environment's tor
   for version_file in "$VENV"/lib/python3.*/site-packages/torch/version.py; do
     [[ ! -f "$version_file" ]] || sed -n "s/^$1[^=]*= *'\(.*\)'.*/\1/p" "$version_file"
   done
-}
-
-gpu_count() { # GPUs that training can use
-  local gpus visible
-  gpus="$(gpus_seen)"
-  if [[ -z "$gpus" ]]; then
-    echo 0
-  elif [[ -z "$(installed_torch cuda)" ]]; then
-    note "this machine has a GPU, but the installed torch is the CPU build: training runs on the CPU"
-    echo 0
-  elif [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
-    echo "${#visible[@]}"
-  else
-    wc -l <<<"$gpus"
-  fi
-}
-
-spare_deepspeed_the_search() { # without a GPU, spare each run DeepSpeed's warning that it looked
-  [[ "$(gpu_count)" != 0 || -n "$(installed_torch hip)" ]] || export DS_ACCELERATOR=cpu
-}
-
-cpu_threads() { # cpu_threads PROCESSES: threads for each, the cores shared out unless the user chose
-  local cores threads
-  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-  threads=$((cores / $1))
-  echo "${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 }
 
 # ---------------------------------------------------------------- setup
@@ -370,11 +348,13 @@ cmd_quickstart() {
   local folder="output/quickstart" gpus threads processes=2 recipe
   is_set_up 0 "" || stage setup install_environment 0 ""
   require_setup quickstart
-  spare_deepspeed_the_search
-  gpus="$(gpu_count)"
+  gpus="$("$VENV/bin/python" -m mini_llm.launch gpus)"
   ((gpus != 1)) || processes=1
-  threads="$(cpu_threads "$processes")"
-  ((threads <= 4)) || threads=4 # the model is too small to gain from more
+  # Without a GPU, spare each run DeepSpeed's warning that it looked for one.
+  [[ "$gpus" != 0 || -n "$(installed_torch hip)" ]] || export DS_ACCELERATOR=cpu
+  threads="${OMP_NUM_THREADS:-$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / processes))}"
+  ((threads >= 1)) || threads=1
+  ((threads <= 4)) || threads=4     # the model is too small to gain from more
   export OMP_NUM_THREADS="$threads" # the flag below is enough, but torchrun warns without it
   stage data "$VENV/bin/python" -m mini_llm.data.quickstart "$folder/data"
   for recipe in pretrain sft; do
@@ -396,65 +376,9 @@ cmd_pretrain() { launch_recipe pretrain "$@"; }
 
 cmd_sft() { launch_recipe sft "$@"; }
 
-launch_recipe() { # launch_recipe NAME FLAGS…: recipes/NAME.py under accelerate launch
-  local recipe="$1"
-  shift
-  local config_file="accelerate_configs/zero1.yaml" processes="" port=0 print_only=0 flag value threads
-  local recipe_flags=()
-  while (($#)); do
-    flag="${1%%=*}"
-    case "$flag" in
-      --config_file | --procs_per_node | --main_port)
-        if [[ "$1" == *=* ]]; then
-          value="${1#*=}"
-        else
-          (($# > 1)) || usage_error "$recipe: $flag needs a value"
-          value="$2"
-          shift
-        fi
-        case "$flag" in
-          --config_file) config_file="$value" ;;
-          --procs_per_node) processes="$value" ;;
-          --main_port) port="$value" ;;
-        esac
-        ;;
-      --nodes | --node_rank | --main_ip)
-        usage_error "$recipe: $flag is not supported: this version trains on one machine; leave it out"
-        ;;
-      --print) print_only=1 ;;
-      -h | --help)
-        require_setup "$recipe"
-        exec "$VENV/bin/python" "recipes/$recipe.py" --help
-        ;;
-      *) recipe_flags+=("$1") ;;
-    esac
-    shift
-  done
-  [[ -f "$config_file" ]] || usage_error "$recipe: --config_file $config_file does not exist;" \
-    "the ones that come with the project are in accelerate_configs/"
-  [[ -n "$processes" ]] || processes="$(gpu_count)"
-  [[ "$processes" != 0 ]] || processes=1
-  [[ "$processes" =~ ^[1-9][0-9]*$ ]] ||
-    usage_error "$recipe: --procs_per_node must be a positive number, got '$processes'"
-  [[ "$port" =~ ^[0-9]+$ ]] || usage_error "$recipe: --main_port must be a number, got '$port'"
-
-  threads="$(cpu_threads "$processes")"
-  # Port 0: Accelerate picks a free one, so two runs on a machine do not collide.
-  local launch=("$VENV/bin/accelerate" launch --config_file "$config_file"
-    --num_processes "$processes" --main_process_port "$port"
-    --num_cpu_threads_per_process "$threads"
-    "recipes/$recipe.py" ${recipe_flags[@]+"${recipe_flags[@]}"})
-  if ((print_only)); then
-    local quoted
-    printf -v quoted '%q ' "${launch[@]}"
-    echo "${quoted% }"
-    return
-  fi
-  require_setup "$recipe"
-  spare_deepspeed_the_search
-  export OMP_NUM_THREADS="$threads" # the flag above is enough, but torchrun warns without it
-  # Runs that command; a signal reaches the ranks, which save, and the status is 0.
-  exec "$VENV/bin/python" -m mini_llm.parallel.launcher "${launch[@]}"
+launch_recipe() { # launch_recipe NAME FLAGS…: recipes/NAME.py under accelerate launch, here or on many nodes
+  require_setup "$1"
+  exec "$VENV/bin/python" -m mini_llm.launch "$@"
 }
 
 cmd_doctor() {

@@ -22,6 +22,8 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from mini_llm.launch.note import FINISHED, write_note
+
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .expert_parallel import check_expert_parallel
 from .held_bytes import optimizer_tensors
@@ -311,6 +313,7 @@ def leave(accelerator: Accelerator) -> NoReturn:
     call a finished run failed.
     """
     accelerator.wait_for_everyone()
+    write_note(FINISHED)  # what may still go wrong here is no reason to start again
     for tracker in accelerator.trackers:
         tracker.finish()
     sys.stdout.flush()

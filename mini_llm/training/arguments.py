@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from mini_llm.launch.note import REFUSED, write_note
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
 DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
@@ -287,6 +289,7 @@ def stop(message: str) -> NoReturn:
     The launcher kills all ranks as soon as one leaves, so the others let rank 0 speak and leave
     first; a mistake that only they have, on another node say, is still printed, a little later.
     """
+    write_note(REFUSED)
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ rank acts on what it alone knows: its wish travels in the all-reduce that every 
 anyway, and all ranks see the sum.
 """
 
-import os
 import signal
 import time
 from collections import deque
@@ -13,7 +12,8 @@ from types import FrameType
 
 import torch
 
-from mini_llm.parallel.launcher import SIGNALS, STOP_NOTE_VARIABLE
+from mini_llm.launch.note import SAVED, write_note
+from mini_llm.launch.supervise import SIGNALS
 
 
 class Interruption:
@@ -89,7 +89,4 @@ class Interruption:
 
 def note_the_stop() -> None:
     """Tell the launcher of launch.sh that the run stopped on purpose, whatever else it is told."""
-    note = os.environ.get(STOP_NOTE_VARIABLE)
-    if note:
-        with open(note, "w") as file:
-            file.write("saved\n")
+    write_note(SAVED)

@@ -108,11 +108,13 @@ def write_run_facts(
     from accelerate.utils import gather_object
 
     per_rank = gather_object([held])
+    hosts = gather_object([platform.node()])
     if not accelerator.is_main_process:
         return
     unwrapped = accelerator.unwrap_model(model)
     facts = {
         "world_size": accelerator.num_processes,
+        "hosts": hosts,  # of each rank
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": zero_stage(accelerator, model),
         "offload": offload(model),

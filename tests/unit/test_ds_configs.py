@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from mini_llm.parallel import engine
 
@@ -107,13 +108,18 @@ def test_offload_updates_with_torchs_adamw_so_that_nothing_is_compiled(path):
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_accepts_every_config_and_the_json_that_it_names_exists(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
     config = load_config_from_file(str(path))
     named = config.deepspeed_config.get("deepspeed_config_file")
     assert (named is not None) == (config.distributed_type == "DEEPSPEED")
     if named is not None:
-        assert REPOSITORY / named in DS_CONFIGS and Path(named).stem == path.stem
+        stage = "zero1" if path.stem == "multi_node" else path.stem
+        assert REPOSITORY / named in DS_CONFIGS and Path(named).stem == stage
+
+
+def test_the_config_for_several_nodes_does_not_leave_them_to_pdsh():
+    config = load_config_from_file(str(REPOSITORY / "accelerate_configs/multi_node.yaml"))
+    assert config.num_machines > 1
+    assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
 
 
 def test_every_json_has_its_yaml_and_every_engine_its_file():

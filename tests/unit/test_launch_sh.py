@@ -47,6 +47,10 @@ CUDA_BUILD = (
 )
 
 
+# What the caller chose, and what this very process was given (parallel/environment.py).
+LEFT_OUT = ("PYTHON", "DS_ACCELERATOR")
+
+
 class Machine:
     """A made-up machine: its own PATH entries, interpreter and environment folder."""
 
@@ -56,7 +60,7 @@ class Machine:
         self.tools.mkdir()
         self.pip_calls = folder / "pip_calls"
         self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHON"},
+            **{name: value for name, value in os.environ.items() if name not in LEFT_OUT},
             "PATH": f"{self.tools}:{os.environ['PATH']}",
             "MINI_LLM_VENV": str(self.venv),
             "OMP_NUM_THREADS": "1",
@@ -76,6 +80,13 @@ class Machine:
     def with_stand_in(self) -> "Machine":
         path = self.tool("stand-in", PYTHON_STAND_IN, shell="")
         self.environment["PYTHON"] = str(path)
+        return self
+
+    def with_environment(self) -> "Machine":
+        """As after a set-up: the interpreter that runs this test, and an `accelerate`."""
+        (self.venv / "bin").mkdir(parents=True)
+        for name, script in (("python", f'exec {sys.executable} "$@"'), ("accelerate", "exit 9")):
+            shutil.copy(self.tool(f"venv-{name}", script), self.venv / "bin" / name)
         return self
 
     def disk_free_gb(self, gigabytes: int) -> None:
@@ -141,14 +152,6 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
         (["setup", "--gpu"], "--gpu"),
         (["setup", "--torch_index"], "--torch_index"),
         (["quickstart", "--max_steps"], "--max_steps"),
-        (["pretrain", "--config_file", "absent.yaml"], "absent.yaml"),
-        (["pretrain", "--config_file"], "--config_file"),
-        (["pretrain", "--procs_per_node", "two"], "--procs_per_node"),
-        (["pretrain", "--main_port=http"], "--main_port"),
-        (["pretrain", "--nodes", "2"], "--nodes"),
-        (["sft", "--config_file", "absent.yaml"], "absent.yaml"),
-        (["pretrain", "--node_rank=1"], "--node_rank"),
-        (["pretrain", "--main_ip=10.0.0.1"], "--main_ip"),
         (["pretrain"], "./launch.sh setup"),  # nothing is installed in this environment
         (["doctor"], "./launch.sh setup"),
     ],
@@ -160,21 +163,28 @@ def test_a_wrong_call_stops_with_one_line_that_names_the_flag(
     assert not machine.venv.exists()
 
 
+def test_a_wrong_launch_flag_stops_with_one_line_that_names_it(machine: Machine) -> None:
+    result = machine.with_environment().launch("sft", "--config_file", "absent.yaml")
+    assert_one_line(result, 2, "launch.sh: sft: --config_file absent.yaml does not exist")
+
+
 @pytest.mark.parametrize("recipe", ["pretrain", "sft"])
 def test_print_shows_the_exact_command_with_recipe_flags_untouched_and_in_order(
     machine: Machine, recipe: str
 ) -> None:
     data = '{"web": {"path": "a b", "weight": 1}}'
-    result = machine.launch(
+    result = machine.with_environment().launch(
         *(recipe, "--max_steps=3", "--main_port", "29600", "--data", data, "--print"),
         *("--config_file=accelerate_configs/zero2.yaml", "--procs_per_node", "2"),
         *("--config", "my config.yaml", "--output_dir="),
     )
     assert result.returncode == 0, result.stderr
     assert shlex.split(result.stdout) == [
-        *(str(machine.venv / "bin/accelerate"), "launch"),
-        *("--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"),
-        *("--main_process_port", "29600", "--num_cpu_threads_per_process", "1"),
+        "DS_ACCELERATOR=cpu",  # and OMP_NUM_THREADS, were it not set
+        *(str(Path(sys.executable).with_name("accelerate")), "launch"),
+        *("--config_file", "accelerate_configs/zero2.yaml", "--num_machines", "1"),
+        *("--num_processes", "2", "--main_process_port", "29600"),
+        *("--num_cpu_threads_per_process", "1"),
         *(f"recipes/{recipe}.py", "--max_steps=3", "--data", data),
         *("--config", "my config.yaml", "--output_dir="),
     ]
@@ -183,9 +193,9 @@ def test_print_shows_the_exact_command_with_recipe_flags_untouched_and_in_order(
 def test_pretrain_defaults_to_zero1_one_process_and_a_free_port_without_a_gpu(
     machine: Machine,
 ) -> None:
-    words = shlex.split(machine.launch("pretrain", "--print").stdout)
-    assert words[2:8] == [
-        *("--config_file", "accelerate_configs/zero1.yaml"),
+    words = shlex.split(machine.with_environment().launch("pretrain", "--print").stdout)
+    assert words[3:11] == [
+        *("--config_file", "accelerate_configs/zero1.yaml", "--num_machines", "1"),
         *("--num_processes", "1", "--main_process_port", "0"),
     ]
     assert words[-1] == "recipes/pretrain.py"
@@ -200,14 +210,42 @@ def test_pretrain_starts_one_process_per_gpu_that_torch_can_use(
 ) -> None:
     machine.gpu(driver="590.1")
     machine.tool("nvidia-smi", "echo 'GPU A, 590.1'\necho 'GPU B, 590.1'")
-    torch = machine.venv / "lib/python3.11/site-packages/torch"
+    torch = machine.tools / "packages/torch"
     torch.mkdir(parents=True)
+    (torch / "__init__.py").touch()
     (torch / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\n")
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    result = machine.launch("pretrain", "--print", **environment)
+    result = machine.with_environment().launch(
+        "pretrain", "--print", PYTHONPATH=str(torch.parent), **environment
+    )
     words = shlex.split(result.stdout)
     assert words[words.index("--num_processes") + 1] == processes
     assert ("CPU build" in result.stderr) == (cuda == "None")
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, "2"), (1, "1"), (2, "2")])
+def test_quickstart_trains_both_models_on_two_processes_but_on_one_with_one_gpu(
+    machine: Machine, gpus: int, processes: str
+) -> None:
+    machine.with_environment()
+    inputs = b"".join(
+        (REPOSITORY / name).read_bytes() for name in ("pyproject.toml", "mini_llm/constraints.txt")
+    )
+    sum_ = subprocess.run(["cksum"], input=inputs, capture_output=True, check=True).stdout.decode()
+    stamp = f"inputs={sum_.replace(' ', '').strip()}\nroot={REPOSITORY}\nvenv={machine.venv}\n"
+    (machine.venv / ".mini_llm_setup").write_text(stamp)
+    asked = machine.tool("python", f'[ "$3" = gpus ] && echo {gpus}\nexit 0')
+    shutil.copy(asked, machine.venv / "bin/python")
+    told = machine.tool("accelerate", 'echo "${DS_ACCELERATOR:-gpu} $*"')
+    shutil.copy(told, machine.venv / "bin/accelerate")
+    result = machine.launch("quickstart", OMP_NUM_THREADS="")
+    assert result.returncode == 0, result.stderr
+    runs = [line.split() for line in result.stdout.splitlines() if " launch " in line]
+    assert [words[-1] for words in runs] == ["recipes/pretrain.py", "recipes/sft.py"]
+    for words in runs:
+        assert words[0] == ("gpu" if gpus else "cpu")
+        assert words[words.index("--num_processes") + 1] == processes
+        assert 1 <= int(words[words.index("--num_cpu_threads_per_process") + 1]) <= 4
 
 
 # ------------------------------------------------------------------ set-up
@@ -327,7 +365,7 @@ def test_setup_with_dev_installs_the_debian_packages_that_tests_need(machine: Ma
     assert machine.launch("setup").returncode == 0
     assert not calls.exists()  # nobody but a developer needs them
     assert machine.launch("setup", "--dev").returncode == 0
-    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh\n"
+    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh iproute2\n"
     calls.unlink()
     assert machine.launch("setup", "--dev").stdout.startswith("already set up: ")
     assert calls.exists()  # they may be gone while the environment is still there
@@ -339,7 +377,7 @@ def test_setup_goes_on_and_says_so_without_the_rights_to_install_debian_packages
     calls = without_test_packages(machine, user=1000)
     result = machine.launch("setup", "--dev")
     assert result.returncode == 0
-    assert "to run them too: sudo apt-get install manpages-zh" in result.stderr
+    assert "to run them too: sudo apt-get install manpages-zh iproute2" in result.stderr
     assert not calls.exists()
 
 
@@ -347,7 +385,7 @@ def test_setup_goes_on_and_says_so_where_a_debian_package_cannot_be_had(machine:
     calls = without_test_packages(machine, user=0)
     result = machine.launch("setup", "--dev", APT_STATUS="100")
     assert result.returncode == 0
-    assert "manpages-zh cannot be had" in result.stderr
+    assert "manpages-zh iproute2 cannot be had" in result.stderr
     assert calls.read_text().splitlines()[1] == "update"  # the lists may be old, or none there
 
 
@@ -426,7 +464,7 @@ def test_a_later_setup_keeps_the_torch_build_that_was_chosen(machine: Machine) -
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     assert shellcheck is not None, "shellcheck is missing; run ./launch.sh setup --dev"
-    scripts = ["launch.sh", ".ci/run"]
+    scripts = ["launch.sh", ".ci/run", "examples/pretrain.sbatch"]
     result = subprocess.run(
         [shellcheck, *scripts], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )

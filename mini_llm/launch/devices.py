@@ -1,0 +1,65 @@
+"""How many processes this machine gets, and threads for each."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def gpu_count() -> int:
+    """GPUs that training can use: seen by the driver, not hidden, and torch's build has CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return 0
+    seen = _driver_gpus()
+    if seen == 0:
+        return 0
+    if torch_build("cuda") is None:
+        _note(
+            "this machine has a GPU, but the installed torch is the CPU build: training runs on "
+            "the CPU"
+        )
+        return 0
+    return len(visible.split(",")) if visible else seen
+
+
+def _driver_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        said = (answer.stdout + answer.stderr).strip().partition("\n")[0]
+        _note(f"nvidia-smi is installed but finds no working GPU or driver: {said}")
+        return 0
+    return len(answer.stdout.splitlines())
+
+
+def torch_build(kind: str) -> str | None:
+    """The CUDA ("cuda") or ROCm ("hip") version that the installed torch is built for.
+
+    Read from torch's version file: to import torch would take longer than all of the launcher.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    version = Path(torch.origin).with_name("version.py").read_text()
+    found = re.search(rf"^{kind}\b[^=]*= *'(.*)'", version, re.MULTILINE)
+    return found[1] if found else None
+
+
+def threads_per_process(processes: int) -> int:
+    """This machine's cores shared out, unless the user chose: OMP_NUM_THREADS."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit():
+        return int(chosen)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
+def _note(text: str) -> None:
+    print(f"launch.sh: note: {text}", file=sys.stderr, flush=True)
