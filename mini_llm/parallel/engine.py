@@ -24,7 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .expert_parallel import check_expert_parallel
-from .watchdog import beat
+from .watchdog import beat, collective_seconds, finish, report_exceptions
 
 
 def build_accelerator(
@@ -82,8 +82,9 @@ def build_accelerator(
     if project_dir is not None:
         logs = str(Path(project_dir) / "logs")
         project = ProjectConfiguration(project_dir=str(project_dir), logging_dir=logs)
-    # A collective that waits longer than this for a late rank ends with an error on every rank.
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+    # Where a collective waits for a late rank, the watchdog ends all ranks and says whose fault it
+    # is; this ends what the watchdog cannot.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds(timeout_seconds)))
     if cpu:
         group.backend = "gloo"
     accelerator = Accelerator(
@@ -97,6 +98,7 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=project,
     )
+    report_exceptions()
     # Else transformers splits what it loads over the ranks as it loads it, and lets one rank's
     # generate wait for the others. Models of this size are built whole, then split by prepare.
     unset_hf_deepspeed_config()
@@ -252,7 +254,7 @@ def describe(accelerator: Accelerator, model: nn.Module) -> str:
 @contextlib.contextmanager
 def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch's forward and backward; ``last`` of the step reduces the gradients."""
-    beat()
+    beat("forward and backward")
     if is_deepspeed(model):
         model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
     elif not last and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -283,6 +285,7 @@ def optimizer_step(
     The norm is over all parameters and ranks, of the step's whole gradient. Where it is not finite,
     nothing is updated (DeepSpeed's ZeRO-1 to 3 look at it themselves, and return inf).
     """
+    beat("optimizer step")
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     if not is_deepspeed(model):
         norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
@@ -310,6 +313,7 @@ def leave(accelerator: Accelerator) -> NoReturn:
     call a finished run failed.
     """
     accelerator.wait_for_everyone()
+    finish()
     for tracker in accelerator.trackers:
         tracker.finish()
     sys.stdout.flush()

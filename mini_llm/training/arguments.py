@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from mini_llm.parallel.rank_log import note
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
 DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
@@ -291,6 +293,7 @@ def stop(message: str) -> NoReturn:
     if rank == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
+        note(f"error: {message}")
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
