@@ -127,8 +127,6 @@ class Peers:
 
     def _report(self, store: Any) -> None:
         """Take part in a report; does not return."""
-        from torch.distributed import DistError
-
         first = store.add("hang", 1) == 1
         stacks = python_stacks()
         write_stacks(stacks)
@@ -138,17 +136,25 @@ class Peers:
         )
         if first:
             store.set("report", json.dumps(self._work_out(store)))
-        try:
-            store.wait(["report"], timedelta(seconds=2 * COLLECT_SECONDS))
-            report = json.loads(store.get("report"))
-            say(report["text"], aloud=self._rank in report["speakers"])
-            # The launcher ends the others soon after the first has left: not before all have this.
-            store.set(f"told/{self._rank}", "")
-            told = [f"told/{rank}" for rank in report["living"]]
-            store.wait(told, timedelta(seconds=COLLECT_SECONDS))
-        except DistError as error:
-            say(f"the ranks' report did not come to its end: {error}")
+        if not self._await(store, ["report"], 2 * COLLECT_SECONDS):
+            say("the ranks' report did not come to its end")
+            end()
+        report = json.loads(store.get("report"))
+        say(report["text"], aloud=self._rank in report["speakers"])
+        # The launcher ends the others soon after the first has left: not before all have this.
+        store.set(f"told/{self._rank}", "")
+        self._await(store, [f"told/{rank}" for rank in report["living"]], COLLECT_SECONDS)
         end()
+
+    def _await(self, store: Any, keys: list[str], seconds: float) -> bool:
+        """Wait until the store has all these keys, so long at most; whether it has."""
+        deadline = time.monotonic() + seconds
+        while not store.check(keys):
+            self.last_contact = time.monotonic()
+            if self.last_contact > deadline:
+                return False
+            time.sleep(0.2)
+        return True
 
     def _work_out(self, store: Any) -> dict[str, Any]:
         """Wait for the others' states and say who is late; on the rank that raised the flag."""
@@ -156,12 +162,8 @@ class Peers:
         states = _read_states(store, "life", ranks)
         here = os.uname().nodename
         fates = {s.rank: _fate(s.pid) for s in states.values() if s.host == here}
-        awaited = {rank for rank in ranks if fates.get(rank) not in (GONE, SUSPENDED)}
-        deadline = time.monotonic() + COLLECT_SECONDS
-        while awaited and time.monotonic() < deadline:
-            awaited -= {rank for rank in awaited if store.check([f"state/{rank}"])}
-            self.last_contact = time.monotonic()
-            time.sleep(0.1)
+        able = [rank for rank in ranks if fates.get(rank) not in (GONE, SUSPENDED)]
+        self._await(store, [f"state/{rank}" for rank in able], COLLECT_SECONDS)
         states |= _read_states(store, "state", ranks)
         living = [rank for rank in states if states[rank].where]
         lowest = {states[rank].host: rank for rank in sorted(living, reverse=True)}

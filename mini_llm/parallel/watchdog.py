@@ -170,8 +170,7 @@ def _end_with_report(raised_in: tuple[Frame, ...] | None = None) -> None:
     """
     if _peers is not None:
         _peers.ask_for_report(raised_in)
-        deadline = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < deadline and not _peers.trouble:
+        while not _peers.trouble and time.monotonic() - _peers.last_contact < COLLECT_SECONDS:
             time.sleep(0.1)
         _end_without_contact()
     write_stacks(python_stacks())
