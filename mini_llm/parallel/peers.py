@@ -51,7 +51,8 @@ class Peers:
         interval: float,
         position: Callable[[], tuple[int, int, str]],
     ) -> None:
-        self.last_contact = time.monotonic()
+        # Until the first, to connect may take so long.
+        self.last_contact = time.monotonic() + CONNECT_SECONDS
         self.trouble = ""  # why there is no connection, as far as it is known
         self.one_failed = False  # some rank ended with an exception of its own
         self._rank, self._world_size = rank, world_size
@@ -170,7 +171,7 @@ class Peers:
         return {
             "text": "the job cannot go on: "
             + name_late_ranks(states, self._world_size, fates)
-            + f"\nEvery rank's stacks are in its log{_where_logs_are()}.",
+            + f"\nThe stacks of every rank that answered are in its log{_where_logs_are()}.",
             "living": living,
             "speakers": list(lowest.values()),
         }

@@ -179,10 +179,11 @@ def _end_with_report(raised_in: tuple[Frame, ...] | None = None) -> None:
 
 def _end_without_contact() -> None:
     assert _peers is not None
+    seconds = max(time.monotonic() - _peers.last_contact, 0)
+    cause = f" ({_peers.trouble})" if _peers.trouble else ""
     say(
-        f"lost contact with {os.environ['MASTER_ADDR']}, the main node, "
-        f"{time.monotonic() - _peers.last_contact:.0f} s ago: that node, its launcher or the "
-        f"network is gone{f' ({_peers.trouble})' if _peers.trouble else ''}; this rank ends"
+        f"lost contact with {os.environ['MASTER_ADDR']}, the main node, {seconds:.0f} s ago: that "
+        f"node, its launcher or the network is gone{cause}; this rank ends"
     )
     write_stacks(python_stacks())
     end()

@@ -1,7 +1,7 @@
-"""The pretraining recipe with a rank 1 that sleeps for ever, in a step and a place that is given.
+"""The pretraining recipe with a rank 1 that sleeps for ever.
 
-``accelerate launch hanging_rank.py PLACE CALL flags…``: PLACE is reading_data, forward or start;
-CALL counts this rank's calls of collate or of next_tokens in the model, from 0.
+``accelerate launch hanging_rank.py PLACE CALL flags…``: it sleeps in its call number CALL (from 0)
+of what PLACE names: reading_data, forward (once a micro-batch), or start, before the first step.
 """
 
 import os
