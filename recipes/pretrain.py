@@ -201,6 +201,7 @@ def main(args: PretrainArguments) -> None:
     )
     watchdog.beat("preparing model and optimizer")
     model, optimizer = accelerator.prepare(model, optimizer)
+    engine.limit_collectives(args.ddp_timeout)
     wire = find_wire(model)  # None unless experts are spread over ranks
 
     # ---- Resume: weights and optimizer; the stream is at its place already -----------------------

@@ -106,6 +106,17 @@ def build_accelerator(
     return accelerator
 
 
+def limit_collectives(seconds: float) -> None:
+    """Give all process groups the first one's time limit; call it once ``prepare`` has made them.
+
+    torch gives a group that DeepSpeed makes half an hour with gloo, and with NCCL the ten minutes
+    after which the watchdog wants to speak: NCCL would kill the rank in the middle of its report.
+    """
+    limit = timedelta(seconds=collective_seconds(seconds))
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
 def _spare_cpu_the_extension_build() -> None:
     """Keep DeepSpeed from compiling its shared-memory communication op.
 

@@ -96,7 +96,7 @@ class RunArguments:
     )
     ddp_timeout: int = _arg(
         "seconds after which a rank that gets nothing done, because it or another hangs, ends the "
-        "job with an error",
+        "job with an error that names the late rank",
         600,
     )
     # Watching

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from mini_llm.parallel.engine import limit_collectives
 from mini_llm.parallel.environment import free_port
 
 LIMIT = 2
@@ -156,3 +159,15 @@ def test_a_rest_is_no_hang_and_what_is_none_is_one_also_without_other_ranks(star
     ((status, stderr, log),) = start(f"{rests}; time.sleep(600)", world_size=1).wait()
     assert status == 1 and "nothing has got done for 2 s (--ddp_timeout)" in stderr
     assert "(stuck)" in stderr and "in be_stuck" in log
+
+
+def test_every_process_group_leaves_the_watchdog_the_time_to_speak_first():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        groups = [dist.group.WORLD, dist.new_group([0])]  # the second as DeepSpeed makes its own
+        limit_collectives(700)
+        for group in groups:
+            limit = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+            assert limit > 700 + 10  # which a report may take
+    finally:
+        dist.destroy_process_group()
