@@ -4,14 +4,14 @@ A launcher that is killed cannot tell its ranks. So a thread in every rank sees 
 changed and sends the rank SIGTERM, upon which it saves and leaves; a rank that is stuck, because
 its peers are gone too, is ended after some seconds.
 
-A rank that waits for a peer which hangs cannot tell whose fault it is. So each part of the work says
-:func:`beat`, and a second thread looks whether a rank has not for ``--ddp_timeout`` seconds. Then
-all ranks work out together who is late, write it down with their stacks, and end (peers.py,
+A rank that waits for a peer which hangs cannot tell whose fault it is. So each part of the work
+says :func:`beat`, and a second thread looks whether a rank has not for ``--ddp_timeout`` seconds.
+Then all ranks work out together who is late, write it down with their stacks, and end (peers.py,
 hang_report.py). A rank that cannot reach the others for so long ends by itself.
 
 Collectives have a longer time limit (:func:`collective_seconds`), so that the report comes first:
-gloo's would raise on the ranks that wait, NCCL's would kill them. Where a collective breaks all the
-same, because a peer's process is gone, its exception leads to the same report before this rank ends.
+gloo's would raise on the ranks that wait, NCCL's would kill them. Where one breaks all the same,
+because a peer's process is gone, its exception leads to the same report before this rank ends.
 """
 
 import atexit
