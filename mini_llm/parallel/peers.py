@@ -54,7 +54,7 @@ class Peers:
         # Until the first, to connect may take so long.
         self.last_contact = time.monotonic() + CONNECT_SECONDS
         self.trouble = ""  # why there is no connection, as far as it is known
-        self.one_failed = False  # some rank ended with an exception of its own
+        self.failed = ""  # the first rank that ended with an exception of its own, and with which
         self._rank, self._world_size = rank, world_size
         self._interval, self._position = interval, position
         self._report_is_due = self._leaving = False
@@ -95,17 +95,20 @@ class Peers:
 
         try:
             self._talk(_connect(self._rank))
-        except DistError as error:  # the store, or the way to it, is gone
+        except Exception as error:
             self.trouble = str(error).strip().split("\n")[0]
+            if not isinstance(error, DistError):  # that is: the store, or the way to it, is gone
+                raise
 
     def _talk(self, store: Any) -> None:
         while not self._leaving:
             store.set(f"life/{self._rank}", json.dumps(asdict(self._state())))
-            if self._failure:
-                store.set("failed", "")
+            if self._failure and not self._failure_is_told.is_set():
+                store.set("failed", f"{self._state()} failed: {self._failure}")
                 self._failure_is_told.set()
             hangs = store.check(["hang"])
-            self.one_failed = store.check(["failed"])
+            if not self.failed and store.check(["failed"]):
+                self.failed = store.get("failed").decode()
             self.last_contact = time.monotonic()
             if hangs or self._report_is_due:
                 self._report(store)

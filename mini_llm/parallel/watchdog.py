@@ -139,7 +139,7 @@ def _watch_launcher(launcher: int) -> None:
 def _watch_beats(seconds: float) -> None:
     while not _over:
         limit = seconds if _progress.step else max(seconds, START_SECONDS)
-        if _peers is not None and _peers.one_failed:
+        if _peers is not None and _peers.failed:
             limit = min(limit, SECONDS_AFTER_FAILURE)
         at = _progress.at
         if at is None:
@@ -179,13 +179,23 @@ def _end_with_report(raised_in: tuple[Frame, ...] | None = None) -> None:
 def _end_without_contact() -> None:
     assert _peers is not None
     seconds = max(time.monotonic() - _peers.last_contact, 0)
-    cause = f" ({_peers.trouble})" if _peers.trouble else ""
+    cause = "".join(f" ({known})" for known in (_peers.trouble, _peers.failed) if known)
     say(
         f"lost contact with {os.environ['MASTER_ADDR']}, the main node, {seconds:.0f} s ago: that "
         f"node, its launcher or the network is gone{cause}; this rank ends"
     )
     write_stacks(python_stacks())
     end()
+
+
+def where_peer_was_missed(error: BaseException) -> tuple[Frame, ...] | None:
+    """The stack of the collective that broke because a peer is gone; None if it was not that."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    calls = traceback.extract_tb(error.__traceback__)
+    stack = tuple(Frame(f.filename, f.lineno or 0, f.name) for f in calls)
+    is_symptom = isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error))
+    return stack if is_symptom and standing(stack) != ELSEWHERE else None
 
 
 def report_exceptions() -> None:
@@ -201,10 +211,9 @@ def report_exceptions() -> None:
         print_it(kind, error, where)
         if _peers is None:
             return
-        stack = tuple(Frame(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(where))
-        is_symptom = isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error))
-        if is_symptom and standing(stack) != ELSEWHERE:
-            _end_with_report(stack)
+        waited_in = where_peer_was_missed(error)
+        if waited_in is not None:
+            _end_with_report(waited_in)
         _peers.tell_failure(f"{kind.__name__}: {str(error).strip()[:300]}", seconds=2)
 
     sys.excepthook = last_words

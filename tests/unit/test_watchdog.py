@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mini_llm.parallel.engine import limit_collectives
 from mini_llm.parallel.environment import free_port
+from mini_llm.parallel.watchdog import where_peer_was_missed
 
 LIMIT = 2
 SCRIPT = """
@@ -159,6 +160,28 @@ def test_a_rest_is_no_hang_and_what_is_none_is_one_also_without_other_ranks(star
     ((status, stderr, log),) = start(f"{rests}; time.sleep(600)", world_size=1).wait()
     assert status == 1 and "nothing has got done for 2 s (--ddp_timeout)" in stderr
     assert "(stuck)" in stderr and "in be_stuck" in log
+
+
+def raised(message: str, where: str) -> RuntimeError:
+    """An error that a function of the file ``where`` raised."""
+    try:
+        exec(compile(f"raise RuntimeError({message!r})", where, "exec"))
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+def test_only_a_collective_that_lost_its_peer_is_taken_for_anothers_fault():
+    in_collective, elsewhere = "/v/torch/distributed/distributed_c10d.py", "/x/stream.py"
+    gone = raised("Connection closed by peer", in_collective)
+    (*_, call) = where_peer_was_missed(gone) or ()
+    assert call.path == in_collective
+    try:
+        raise OSError("the checkpoint could not be written") from gone
+    except OSError as error:
+        assert where_peer_was_missed(error) is not None
+    assert where_peer_was_missed(raised("invalid tensor size", in_collective)) is None
+    assert where_peer_was_missed(raised("connection to the hub timed out", elsewhere)) is None
 
 
 def test_every_process_group_leaves_the_watchdog_the_time_to_speak_first():
