@@ -64,6 +64,7 @@ from mini_llm.parallel.compile import compile_layers
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
+from mini_llm.parallel.rank_log import open_rank_log
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
@@ -84,6 +85,7 @@ from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
     check_tokenizer_of_model,
+    common_facts,
     run_identity,
     write_config,
     write_run_facts,
@@ -125,6 +127,8 @@ def main(args: SftArguments) -> None:
         lock = RunLock(output_dir)
         if not args.dry_run:
             lock.take(rank())  # one run at a time in a folder
+            open_rank_log(output_dir)
+        watchdog.end_if_stuck(args.ddp_timeout)
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         if checkpoint:
             state = read_state(checkpoint)
@@ -144,6 +148,7 @@ def main(args: SftArguments) -> None:
         return
 
     # ---- Engine: DeepSpeed ZeRO 0–3, DDP or one process, as the Accelerate config says -----------
+    watchdog.beat("starting the engine")
     accumulation = args.gradient_accumulation_steps(world_size())
     try:
         accelerator = engine.build_accelerator(
@@ -157,9 +162,7 @@ def main(args: SftArguments) -> None:
             log_with=args.trackers,
             project_dir=output_dir,
         )
-        check_ranks_agree(
-            {"arguments": str(args), "data": stream.fingerprint, "checkpoint": str(checkpoint)}
-        )
+        hosts = check_ranks_agree(common_facts(args, accelerator, identity, checkpoint))
     except (RuntimeError, ValueError) as error:
         stop(str(error))
     if not args.dry_run:
@@ -168,6 +171,7 @@ def main(args: SftArguments) -> None:
             write_config(output_dir, args)
 
     # ---- Model: the pretrained weights, in fp32 whatever they were saved in ---------------------
+    watchdog.beat("building the model")
     disable_progress_bar()  # for loading and saving a hundred megabytes
     set_seed(args.seed)
     model = load_model(pretrained, dtype=torch.float32)
@@ -203,12 +207,15 @@ def main(args: SftArguments) -> None:
         betas=(args.adam_beta1, args.adam_beta2),
         epsilon=args.adam_epsilon,
     )
+    watchdog.beat("preparing model and optimizer")
     model, optimizer = accelerator.prepare(model, optimizer)
+    engine.limit_collectives(args.ddp_timeout)
     wire = find_wire(model)  # None unless experts are spread over ranks
 
     # ---- Resume: weights and optimizer; the stream is at its place already -----------------------
     tokens = TokenCounter(accelerator, sources=list(args.data))
     bad_steps = BadSteps(args, accelerator)
+    watchdog.beat("loading the checkpoint")
     if checkpoint:
         try:
             load_engine_state(
@@ -240,12 +247,11 @@ def main(args: SftArguments) -> None:
         accelerator.device,
         accelerator.num_processes,
     )
-    print_banner(args, accelerator, model, parameters, held_out, start_step)
+    print_banner(args, accelerator, model, parameters, held_out, identity, hosts, start_step)
     evaluation: dict[str, float] = {}
     interruption = Interruption(max_hours=args.max_hours, save_minutes=args.save_minutes)
 
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
-    watchdog.end_if_stuck(args.ddp_timeout)
     model.train()
     held = HeldBytes(model, optimizer)
     evaluated_at = 0
@@ -255,6 +261,7 @@ def main(args: SftArguments) -> None:
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
         micro_batches = []
+        watchdog.beat("reading data", step)
         for _ in range(accumulation):
             rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
             tokens.add(rows)
@@ -265,6 +272,7 @@ def main(args: SftArguments) -> None:
         # micro-batches: long and short answers weigh by their tokens, wherever they were packed.
         num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
         sums = torch.tensor([num_targets, *interruption.wishes()], device=accelerator.device)
+        watchdog.beat("counting the step's tokens")
         sums = accelerator.reduce(sums, "sum")
 
         set_learning_rate(
@@ -392,7 +400,7 @@ def main(args: SftArguments) -> None:
     stream.close()
     log.close()
     interruption.close()
-    watchdog.rest()
+    watchdog.rest("finishing")
     if step == args.max_steps:
         card = card_facts(
             args,

@@ -27,7 +27,7 @@ from mini_llm.launch.note import FINISHED, write_note
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .expert_parallel import check_expert_parallel
 from .held_bytes import optimizer_tensors
-from .watchdog import beat
+from .watchdog import beat, collective_seconds, finish, report_exceptions
 
 
 def build_accelerator(
@@ -85,8 +85,9 @@ def build_accelerator(
     if project_dir is not None:
         logs = str(Path(project_dir) / "logs")
         project = ProjectConfiguration(project_dir=str(project_dir), logging_dir=logs)
-    # A collective that waits longer than this for a late rank ends with an error on every rank.
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+    # Where a collective waits for a late rank, the watchdog ends all ranks and says whose fault it
+    # is; this ends what the watchdog cannot.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds(timeout_seconds)))
     if cpu:
         group.backend = "gloo"
     accelerator = Accelerator(
@@ -100,11 +101,23 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=project,
     )
+    report_exceptions()
     # Else transformers splits what it loads over the ranks as it loads it, and lets one rank's
     # generate wait for the others. Models of this size are built whole, then split by prepare.
     unset_hf_deepspeed_config()
     _check_started_as_asked(accelerator, request, plugin)
     return accelerator
+
+
+def limit_collectives(seconds: float) -> None:
+    """Give all process groups the first one's time limit; call it once ``prepare`` has made them.
+
+    torch gives a group that DeepSpeed makes half an hour with gloo, and with NCCL the ten minutes
+    after which the watchdog wants to speak: NCCL would kill the rank in the middle of its report.
+    """
+    limit = timedelta(seconds=collective_seconds(seconds))
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def _spare_cpu_the_extension_build() -> None:
@@ -255,7 +268,7 @@ def describe(accelerator: Accelerator, model: nn.Module) -> str:
 @contextlib.contextmanager
 def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch's forward and backward; ``last`` of the step reduces the gradients."""
-    beat()
+    beat("forward and backward")
     if is_deepspeed(model):
         model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
     elif not last and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -286,6 +299,7 @@ def optimizer_step(
     The norm is over all parameters and ranks, of the step's whole gradient. Where it is not finite,
     nothing is updated (DeepSpeed's ZeRO-1 to 3 look at it themselves, and return inf).
     """
+    beat("optimizer step")
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     if not is_deepspeed(model):
         norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
@@ -314,6 +328,7 @@ def leave(accelerator: Accelerator) -> NoReturn:
     """
     accelerator.wait_for_everyone()
     write_note(FINISHED)  # what may still go wrong here is no reason to start again
+    finish()
     for tracker in accelerator.trackers:
         tracker.finish()
     sys.stdout.flush()

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 
 from mini_llm.launch.note import REFUSED, write_note
+from mini_llm.parallel.rank_log import note
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
@@ -96,7 +97,7 @@ class RunArguments:
     )
     ddp_timeout: int = _arg(
         "seconds after which a rank that gets nothing done, because it or another hangs, ends the "
-        "job with an error",
+        "job with an error that names the late rank",
         600,
     )
     # Watching
@@ -294,6 +295,7 @@ def stop(message: str) -> NoReturn:
     if rank == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
+        note(f"error: {message}")
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

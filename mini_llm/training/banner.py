@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from mini_llm.data.stream import HeldOut
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import describe
 from mini_llm.parallel.expert_parallel import describe_groups
+from mini_llm.parallel.hang_report import ranks_in_words
+from mini_llm.parallel.rank_log import note, rank_log_path
 
 from .arguments import RunArguments
-from .run_folder import versions
+from .run_folder import code_version, versions
 from .sizes import ParameterCounts, communication_line, dry_run_report
 
 
@@ -24,33 +27,53 @@ def print_banner(
     model: Any,
     parameters: ParameterCounts,
     held_out: Mapping[str, HeldOut],
+    identity: Mapping[str, Any],
+    hosts: list[str],
     start_step: int,
 ) -> None:
-    """One block on rank 0: model, engine, batch, data, kernels, versions."""
-    if not accelerator.is_main_process:
-        return
+    """One block: ranks and hosts, model, engine, batch, data, kernels, versions.
+
+    Rank 0 prints it; the others have it, as they know it, in their logs. ``hosts`` are the ranks'.
+    """
     accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
     config = accelerator.unwrap_model(model).config
     kernels = kernels_in_use(config, half_precision=args.bf16)
     begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
     lines = {
+        "ranks": describe_hosts(hosts),
         "model": f"{args.model}, {parameters}",
         "engine": f"{describe(accelerator, model)}, {accelerator.device.type}, "
         f"{'bf16' if args.bf16 else 'fp32'}",
         "batch": f"{args.global_batch_tokens:,} tokens = {accelerator.num_processes} rank(s) × "
         f"{accumulation} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
         f"{args.seq_len} tokens",
-        "data": ", ".join(f"{name} (weight {s.get('weight', 1)})" for name, s in args.data.items()),
+        "data": ", ".join(f"{name} (weight {s.get('weight', 1)})" for name, s in args.data.items())
+        + f"; fingerprint {identity['data_fingerprint'][:12]}",
         "held out": ", ".join(f"{name} {part.total} rows" for name, part in held_out.items())
         or "not read (--eval_steps 0)",
         "kernels": ", ".join(f"{part} {kernel}" for part, kernel in kernels.items()),
         "run": f"{args.output_dir}, {begin}, to step {args.max_steps}",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "logs": f"{rank_log_path(Path(args.output_dir)).parent}/rank-<r>.log",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items())
+        + f", this code {code_version()}",
     }
     if args.expert_parallel_size > 1:
         lines["experts"] = describe_groups(args.expert_parallel_size, accelerator.num_processes)
-    for name, text in lines.items():
-        print(f"{name:>9}  {text}", flush=True)
+    block = "\n".join(f"{name:>9}  {text}" for name, text in lines.items())
+    if accelerator.is_main_process:
+        print(block, flush=True)
+    else:
+        note(block)
+
+
+def describe_hosts(hosts: list[str]) -> str:
+    """The ranks in words, e.g. "4 on 2 host(s): a (ranks 0-1), b (ranks 2-3)"."""
+    names = list(dict.fromkeys(hosts))
+    places = (
+        f"{name} ({ranks_in_words([rank for rank, host in enumerate(hosts) if host == name])})"
+        for name in names
+    )
+    return f"{len(hosts)} on {len(names)} host(s): {', '.join(places)}"
 
 
 def print_dry_run(

@@ -20,6 +20,7 @@ from torch import nn
 from mini_llm.data.stream import RowStream
 from mini_llm.hub.export import save_stock_checkpoint
 from mini_llm.parallel.engine_state import load_engine_state, save_engine_state
+from mini_llm.parallel.watchdog import beat
 
 from .checkpoint_files import (
     DamagedCheckpointError,
@@ -55,6 +56,7 @@ def save_checkpoint(
     lowest ``eval_loss``, and every multiple of ``milestone_steps`` (0: none). Raises OSError when
     it cannot be written; the checkpoints before are untouched then.
     """
+    beat("saving a checkpoint")
     folder = output_dir / "checkpoints"
     complete, aside = folder / f"step-{step}", folder / f".step-{step}{_PARTIAL}"
     try:
@@ -63,11 +65,13 @@ def save_checkpoint(
             aside.mkdir(parents=True)
         accelerator.wait_for_everyone()
         save_engine_state(accelerator, aside / "engine")
+        beat()
         save_stock_checkpoint(accelerator, model, tokenizer, aside / "model")
         if accelerator.is_main_process:
             content = {"format_version": FORMAT_VERSION, "step": step, "eval_loss": eval_loss}
             (aside / "state.json").write_text(json.dumps(content | state, indent=2) + "\n")
         accelerator.wait_for_everyone()
+        beat()
         if accelerator.is_main_process:
             write_file_list(aside)
             if complete.exists():

@@ -73,7 +73,7 @@ def evaluate(
         # nats, predicted tokens, their bytes; float64 so that sums of millions stay exact
         totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for batch_rows in _batches(part.rows, batch_size):
-            beat()
+            beat("evaluation")
             batch = collate(batch_rows, accelerator.device)
             labels = batch["labels"]
             loss_sum = model(

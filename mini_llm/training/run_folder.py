@@ -1,6 +1,7 @@
 """The run folder: which run it belongs to, and the facts of the engine that trained it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -93,6 +94,33 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def code_version() -> str:
+    """A hash of this project's Python code, as it lies beside this file: ranks may be elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("mini_llm/**/*.py"), *root.glob("recipes/*.py")]):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def common_facts(
+    args: RunArguments, accelerator: Any, identity: dict[str, Any], checkpoint: Path | None
+) -> dict[str, str]:
+    """What must be the same on all ranks, by name: arguments, code, versions, data, engine."""
+    facts = {f"--{name}": str(value) for name, value in dataclasses.asdict(args).items()}
+    facts["code version"] = code_version()
+    facts |= {f"version of {name}": number for name, number in versions().items()}
+    facts["data fingerprint"] = identity["data_fingerprint"][:12]
+    facts["tokenizer fingerprint"] = identity["tokenizer_fingerprint"][:12]
+    facts["checkpoint"] = str(checkpoint)
+    facts["device"] = accelerator.device.type
+    plugin = accelerator.state.deepspeed_plugin
+    facts["DeepSpeed config"] = (
+        "none" if plugin is None else json.dumps(plugin.deepspeed_config, sort_keys=True)
+    )
+    return facts
 
 
 def write_run_facts(

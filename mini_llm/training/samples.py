@@ -113,7 +113,7 @@ class ChatSamples:
         """
         if not self.prompts:
             return {}
-        beat()
+        beat("answering the prompts")
         with _untouched_random_states(self.accelerator.device):
             state_dict = stock_state_dict(self.accelerator, model)  # ZeRO-3 gathers the weights
             answers = []

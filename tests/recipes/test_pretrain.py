@@ -1,6 +1,7 @@
 """recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_llm import build_model, load_model
 from mini_llm.data import load_tokenizer
+from mini_llm.training.run_folder import code_version
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
 
@@ -59,6 +61,19 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
     assert (finished_run / "samples.txt").read_text().count("--- sample") == 2
     tensorboard = list((finished_run / "logs").rglob("events.out.tfevents*"))
     assert any(path.stat().st_size > 500 for path in tensorboard)
+
+
+def test_the_log_of_every_rank_begins_with_the_facts_of_the_run(finished_run):
+    logs = [(finished_run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    host, versions = os.uname().nodename, facts(finished_run)["versions"]
+    fingerprint = facts(finished_run)["data_fingerprint"]
+    for rank, log in enumerate(logs):
+        assert f"rank {rank} of 2 starts on {host} as process " in log.splitlines()[0]
+        assert f"ranks  2 on 1 host(s): {host} (ranks 0-1)" in log
+        assert "DeepSpeed ZeRO-2 on 2 rank(s), cpu, fp32" in log and "attention sdpa" in log
+        assert f"fingerprint {fingerprint[:12]}" in log and f"this code {code_version()}" in log
+        assert f"torch {versions['torch']}" in log and "logs/rank-<r>.log" in log
+    assert "step 2/6" in logs[0] and "step 2/6" not in logs[1]
 
 
 def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, tiny_data):
