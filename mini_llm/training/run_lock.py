@@ -34,7 +34,8 @@ class RunLock:
         self._folder.mkdir(parents=True, exist_ok=True)
         if rank != 0:
             # Else this rank might look for checkpoints while the run before still saves one.
-            self._wait(lambda: self._owner().endswith(_launch()), "rank 0 does not take it")
+            reason = "rank 0 has not taken it; ranks on several nodes need one that all nodes share"
+            self._wait(lambda: self._owner().endswith(_launch()), reason)
             return
         alone = self._open(LOCK_NAME)
         self._wait(lambda: _locked(alone, fcntl.LOCK_EX), "it is in use by another run")
