@@ -98,6 +98,7 @@ def test_2_then_1_then_4_ranks_continue_an_expert_model_as_the_uninterrupted_run
     assert_continues(tmp_path, reference_of(model))
 
 
+@pytest.mark.slow
 def test_zero_1_then_3_then_2_continue_as_the_uninterrupted_run(reference_of, tiny_data, tmp_path):
     run = tmp_path / "c++ [runs]"  # characters of regular expressions and patterns
     model = "mini_llama3_tiny"

@@ -191,9 +191,10 @@ def log_of(run: Path, rank: int) -> str:
     ("place", "frame", "phase"),
     [
         ("reading_data", "hanging_rank.py:", "reading data"),
-        pytest.param("forward", "causal_lm.py:", "forward and backward", marks=pytest.mark.slow),
+        ("forward", "causal_lm.py:", "forward and backward"),
     ],
 )
+@pytest.mark.slow
 def test_rank_that_hangs_is_named_with_its_stack_and_all_ranks_end(
     tiny_data: TinyData, tmp_path: Path, place: str, frame: str, phase: str
 ) -> None:
