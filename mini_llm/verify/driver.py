@@ -227,7 +227,7 @@ class Main:
         self.why_no_folder = why_no_folder
         self.rows: list[Row] = []
         self.began = time.monotonic()
-        self.longest = 0.0  # launch so far
+        self.longest = 0.0  # run that ended well, in seconds
         self.stopped = ""  # why nothing more can run
 
     def run(self) -> int:
@@ -270,9 +270,9 @@ class Main:
                     self.stopped = f"node {node} does not answer any more"
                     heard = {"status": 1, "said": self.stopped}
                 outcomes[node] = Outcome(**heard)
-        if step.launch is not None:
-            self.longest = max(self.longest, time.monotonic() - started)
         failed = {node: outcome for node, outcome in outcomes.items() if not outcome.is_ok}
+        if step.check in self.driver.runs and not failed:
+            self.longest = max(self.longest, time.monotonic() - started)
         if failed:
             return [self._failure(step, failed, seconds)]
         if step.check == "preflight":
@@ -295,16 +295,12 @@ class Main:
             wanted = run.reference().check
             if not any(row.check == wanted and row.verdict == "ok" for row in self.rows):
                 return f"there is nothing to compare with, see {wanted}", 0
-        left = self._left()
-        if step.check == "preflight":
-            share = PREFLIGHT_SHARE if self.driver.runs else 1.0
-            return "", left * share
+        left = max(self._left(), 0)
         needed = self.longest * 1.2 if self.longest else FIRST_GUESS_SECONDS
         if left < needed:
-            return (
-                f"needs about {needed:.0f} s, of --max_minutes {max(left, 0):.0f} s were left",
-                0,
-            )
+            return f"needs about {needed:.0f} s, of --max_minutes {left:.0f} s were left", 0
+        if step.check == "preflight":
+            return "", left * PREFLIGHT_SHARE if self.driver.runs else left
         return "", min(left, LAUNCH_SECONDS)
 
     def _failure(self, step: Step, failed: dict[int, Outcome], seconds: float) -> Row:
