@@ -1,4 +1,4 @@
-"""The command line of `launch.sh pretrain|sft`: the launcher's own flags and the recipe's."""
+"""The command line of `launch.sh pretrain|sft|verify`: the launcher's flags and the recipe's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -20,7 +20,7 @@ from mini_llm.launch import network
 from mini_llm.launch.command import REPOSITORY, Launch, build_launch
 from mini_llm.launch.devices import gpu_count
 from mini_llm.launch.nodes import Nodes
-from mini_llm.launch.options import DEFAULT_CONFIG, Options
+from mini_llm.launch.options import DEFAULT_CONFIG, Options, UsageError
 from mini_llm.launch.supervise import end_with_parent
 
 from .arguments import VerifyFlags, parse_flags
@@ -58,8 +58,20 @@ class Driver:
 
     # ------------------------------------------------------------ the plan
 
+    def plan(self) -> dict[str, Any]:
+        """Node 0's, for all: its flags, whether it has GPUs, and a name for this verify's files."""
+        return {
+            "output_dir": str(self.output_dir),
+            "max_minutes": self.flags.max_minutes,
+            "skip": self.flags.skip,
+            "gpu": gpu_count() > 0,
+            "stamp": time.strftime("%Y%m%d-%H%M%S"),
+        }
+
     def agree_on_plan(self, plan: dict[str, Any]) -> None:
-        """Node 0's: a name for this verify's files, and whether there are GPUs."""
+        """Take node 0's plan, whatever this node was told."""
+        self.output_dir = Path(plan["output_dir"])
+        self.flags = VerifyFlags(self.output_dir, plan["max_minutes"], plan["skip"])
         self.gpu: bool = plan["gpu"]
         self.work = self.output_dir / f"verify-{plan['stamp']}"
         runs = [] if self.flags.skip == "equivalence" else plan_runs(self.world_size, gpu=self.gpu)
@@ -85,7 +97,7 @@ class Driver:
         """The same on every node."""
         steps = []
         if self.flags.skip != "preflight":
-            steps.append(Step("preflight", "preflight", self.preflight_launch()))
+            steps.append(Step("preflight", "preflight", self.preflight_launch(self.work)))
         if self.runs:
             steps.append(Step("data", "data", None))
         for run in self.runs.values():
@@ -95,10 +107,18 @@ class Driver:
                 steps.append(Step(run.check, name, launch, everywhere=not run.is_reference))
         return steps
 
-    def preflight_launch(self) -> Launch:
+    def print_commands(self) -> None:
+        """Of this node, each with its environment, to be pasted into a shell."""
+        for number, step in enumerate(self.steps()):
+            if step.launch is not None and (step.everywhere or self.nodes.rank == 0):
+                variables = {**step.launch.variables, **ENVIRONMENT}
+                words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+                print(" ".join([*words, shlex.join(step.launch.command(number + 1))]))
+
+    def preflight_launch(self, work: Path) -> Launch:
         """`mini_llm.verify.preflight` on all ranks."""
         seconds = self.flags.max_minutes * 60 * PAIRS_SHARE
-        flags = ["--output_dir", str(self.output_dir), "--result", str(self.work / "preflight")]
+        flags = ["--output_dir", str(self.output_dir), "--result", str(work / "preflight")]
         return self._launch(DEFAULT_CONFIG, "verify", [*flags, "--seconds", f"{seconds:.0f}"])
 
     def run_launch(self, run: Run, part: int) -> Launch:
@@ -170,23 +190,27 @@ def telling_line(log: str) -> str:
 
 
 def verify(options: Options, nodes: Nodes, processes: int) -> int:
-    """All of it on this node; returns the exit status, the same on every node."""
+    """All of it on this node; returns the exit status, the same on every node.
+
+    Raises UsageError if the nodes do not come together or cannot work together.
+    """
     driver = Driver(options, nodes, processes)
-    plan = {"stamp": time.strftime("%Y%m%d-%H%M%S"), "gpu": gpu_count() > 0}
     if options.print:
-        driver.agree_on_plan({**plan, "stamp": "TIME"})
-        for number, step in enumerate(driver.steps()):
-            if step.launch is not None and (step.everywhere or nodes.rank == 0):
-                variables = {**step.launch.variables, **ENVIRONMENT}
-                words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-                print(" ".join([*words, shlex.join(step.launch.command(number + 1))]))
+        driver.agree_on_plan({**driver.plan(), "stamp": "TIME"})
+        driver.print_commands()
         return 0
-    signal.signal(signal.SIGTERM, _leave)  # by way of the `finally` that ends the launch
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave)  # by way of the `finally` that ends the launch
+    if nodes.count > 1:
+        print(driver.preflight_launch(driver.output_dir).start_block(os.environ), flush=True)
     meeting = Meeting(nodes, options.rendezvous_timeout)
+    meeting.tell(f"node/{nodes.rank}", {"host": network.host_name(), "processes": processes})
+    check_same_processes(meeting)
     if nodes.rank == 0:
-        meeting.tell("plan", plan)
-    else:
-        plan = meeting.hear("plan", HEAR_SECONDS)
+        meeting.tell("plan", driver.plan())
+    plan = meeting.hear("plan", HEAR_SECONDS)
+    if plan is None:
+        raise UsageError("node 0 does not answer; see what it says")
     driver.agree_on_plan(plan)
     why_not = driver.make_work_folder()
     if nodes.rank == 0:
@@ -196,6 +220,22 @@ def verify(options: Options, nodes: Nodes, processes: int) -> int:
         status = follow(driver, meeting)
     meeting.say_farewell()
     return status
+
+
+def check_same_processes(meeting: Meeting) -> None:
+    """Of every node as many, or the ranks would wait for ever. Raises UsageError on all nodes."""
+    found = {
+        node: meeting.hear(f"node/{node}", HEAR_SECONDS) for node in range(meeting.nodes.count)
+    }
+    for node, theirs in found.items():
+        if theirs is None:
+            raise UsageError(f"node {node} does not answer; see what it says")
+        ours, count = found[0]["processes"], theirs["processes"]
+        if count != ours:
+            raise UsageError(
+                f"node {node} ({theirs['host']}) starts {count} process(es), node 0 {ours}; give "
+                "all nodes the same --procs_per_node"
+            )
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -264,8 +304,10 @@ class Main:
         started = time.monotonic()
         outcomes = {0: self.driver.do(number, step, seconds)}
         if step.everywhere:
+            end = started + seconds + HEAR_SECONDS
             for node in range(1, self.driver.nodes.count):
-                heard = self.meeting.hear(f"outcome/{number}/{node}", seconds + HEAR_SECONDS)
+                patience = max(end - time.monotonic(), 1)
+                heard = self.meeting.hear(f"outcome/{number}/{node}", patience)
                 if heard is None:
                     self.stopped = f"node {node} does not answer any more"
                     heard = {"status": 1, "said": self.stopped}

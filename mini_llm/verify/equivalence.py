@@ -270,7 +270,7 @@ def compare_metrics(
         "norm": largest_difference(ours, theirs, "train/grad_norm"),
     }
     limits = {"loss": run.tolerance.loss, "norm": run.tolerance.norm}
-    figure = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
+    figure = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     beyond = [name for name, value in differences.items() if not value <= limits[name]]
     limit = f"loss {limits['loss']:.0e}, norm {limits['norm']:.0e}"
     if beyond:

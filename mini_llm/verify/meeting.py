@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, TCPStore
+from torch.distributed import DistError, TCPStore
 
 from mini_llm.launch.nodes import Nodes
 from mini_llm.launch.options import UsageError
@@ -45,7 +45,7 @@ class Meeting:
                 timeout=timedelta(seconds=patience),
                 wait_for_workers=True,
             )
-        except DistStoreError as error:
+        except DistError as error:
             raise UsageError(
                 f"within {patience} s not all {nodes.count} nodes came to {host}, port "
                 f"{nodes.main_port} (--rendezvous_timeout); start the same command on all of them, "
@@ -57,10 +57,10 @@ class Meeting:
         self._store.set(key, json.dumps(content))
 
     def hear(self, key: str, seconds: float) -> Any:
-        """Wait for it; None if it did not come in time."""
+        """Wait for it; None if it did not come in time, or node 0 is gone."""
         try:
             self._store.wait([key], timedelta(seconds=seconds))
-        except DistStoreError:
+        except DistError:
             return None
         return json.loads(self._store.get(key))
 

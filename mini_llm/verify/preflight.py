@@ -48,7 +48,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # What decides what a rank computes; documentation and tests may differ.
 CODE = ("mini_llm/**/*.py", "recipes/*.py", "ds_configs/*.json", "accelerate_configs/*.yaml")
 PROBE_BYTES = 64 * 2**20  # written to the checkpoint path
-CONNECT_SECONDS = 60  # until a peer that does not answer ends the preflight
+CONNECT_SECONDS = 120  # until a peer that does not answer ends the preflight
 REPEATS = 20  # of which the median counts
 WARM_UP_SECONDS = 0.5
 SMALL_BYTES = 8  # the latency of a collective, nothing else
@@ -216,8 +216,8 @@ def measure_compute(job: Job, ranks: Ranks) -> list[Row]:
 
 def reduce_speed(job: Job, size: int, group: Any, members: int) -> float:
     """All-reduce of ``size`` bytes: bytes/s that each rank sends, 2 (n-1)/n of the buffer."""
-    buffer = torch.ones(size // 4, device=job.device)
-    seconds = job.seconds(lambda: dist.all_reduce(buffer.fill_(1), group=group))
+    buffer = torch.zeros(size // 4, device=job.device)  # whose sums stay zeros
+    seconds = job.seconds(lambda: dist.all_reduce(buffer, group=group))
     return 2 * (members - 1) / members * size / seconds
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 
 from mini_llm.launch.__main__ import main
-from mini_llm.launch.nodes import Nodes
-from mini_llm.launch.options import parse_options
+from mini_llm.launch.nodes import PORTS_PER_JOB, Nodes
+from mini_llm.launch.options import UsageError, parse_options
 from mini_llm.verify import driver as driver_module
-from mini_llm.verify.driver import Driver, Main, Step, telling_line
+from mini_llm.verify.driver import Driver, Main, Step, check_same_processes, telling_line
 from mini_llm.verify.equivalence import (
     BF16,
     EXPERTS,
@@ -241,7 +242,7 @@ def row_of(work: Path, run: Run, **left: Any) -> Row:
 
 def test_a_run_as_the_reference_is_ok_within_the_tolerance(tmp_path: Path) -> None:
     row = row_of(tmp_path, Run("zero2"), norm=1.00005)
-    assert (row.verdict, row.figure) == ("ok", "loss 0e+00, norm 5e-05")
+    assert (row.verdict, row.figure) == ("ok", "loss 0.0e+00, norm 5.0e-05")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def report_of(
     monkeypatch.setattr(driver_module.time, "monotonic", clock.monotonic)
     words = ["--output_dir", str(tmp_path), *flags]
     driver = Driver(parse_options("verify", words), Nodes(), processes=2)
-    driver.agree_on_plan({"stamp": "1", "gpu": False})
+    driver.agree_on_plan({**driver.plan(), "stamp": "1", "gpu": False})
     assert driver.make_work_folder() is None
 
     def pretend(number: int, step: Step, seconds: float) -> Outcome:
@@ -472,6 +473,43 @@ def test_print_shows_every_launch_with_a_port_of_its_own(
     assert len(set(ports)) == len(ports) and "29500" not in ports  # that one is the drivers'
     assert all("NVIDIA_TF32_OVERRIDE=0" in line for line in lines)
     assert "--stop_at_step" in " ".join(lines)
+
+
+def test_the_launches_of_a_slurm_job_stay_within_its_ports(tmp_path: Path) -> None:
+    driver = Driver(parse_options("verify", []), Nodes(), processes=2)
+    driver.agree_on_plan({**driver.plan(), "gpu": True})
+    assert 1 + len(driver.steps()) <= PORTS_PER_JOB
+
+
+def test_a_hostfile_starts_verify_on_every_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("alpha slots=8\nbeta slots=8\n")
+    (tmp_path / "pdsh").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["verify", "--hostfile", str(tmp_path / "hosts"), "--max_minutes", "5", "--print"]
+    assert main(words) == 0
+    for rank, line in enumerate(capsys.readouterr().out.splitlines()):
+        assert "exec ./launch.sh verify " in line and line.count("--max_minutes 5") == 1
+        assert f"--nodes 2 --node_rank {rank} --main_ip alpha" in line
+
+
+def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
+    class Asked:
+        nodes = Nodes(2)
+
+        def hear(self, key: str, seconds: float) -> dict[str, Any] | None:
+            return answers[int(key.removeprefix("node/"))]
+
+    answers: list[dict[str, Any] | None]
+    answers = [{"host": "alpha", "processes": 8}, {"host": "beta", "processes": 8}]
+    check_same_processes(Asked())  # type: ignore[arg-type]
+    answers[1] = {"host": "beta", "processes": 4}
+    with pytest.raises(UsageError, match=r"node 1 \(beta\) starts 4 process\(es\), node 0 8"):
+        check_same_processes(Asked())  # type: ignore[arg-type]
+    answers[1] = None
+    with pytest.raises(UsageError, match="node 1 does not answer"):
+        check_same_processes(Asked())  # type: ignore[arg-type]
 
 
 def test_help_shows_the_flags_of_launcher_and_verify(capfd: pytest.CaptureFixture[str]) -> None:
