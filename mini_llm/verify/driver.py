@@ -32,6 +32,7 @@ LAUNCH_SECONDS = 180.0  # until a launch that should take some 20 is ended
 FIRST_GUESS_SECONDS = 30.0  # what a launch takes, as long as none was seen
 PREFLIGHT_SHARE = 0.5  # of the time, at most,
 PAIRS_SHARE = 0.2  # and for its pairs
+SAY = 3  # nodes whose words a failure shows
 HEAR_SECONDS = 60.0  # after its time, until a node that does not report is lost
 # All of them in full fp32, also where the environment says otherwise.
 ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -178,12 +179,9 @@ class Driver:
 def telling_line(log: str) -> str:
     """The line of a failed launch's output that says most: the first error of a rank's own."""
     lines = [line.strip() for line in log.partition(LAUNCHER_SPEAKS)[0].splitlines()[1:]]
-    errors = [
-        line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*([Ee]rror|Exception)\b", line)
-    ]
-    if errors:
-        return errors[0]
-    return next((line for line in reversed(lines) if line), "it said nothing")
+    lines = [line for line in lines if line and not re.match(r"\[W\d", line)]  # torch's warnings
+    error = re.compile(r"(\[rank\d+\]: )?[\w.]*([Ee]rror|Exception)\b")
+    return next((line for line in lines if error.match(line)), lines[-1] if lines else "no output")
 
 
 # ---------------------------------------------------------------- nodes
@@ -346,16 +344,17 @@ class Main:
         return "", min(left, LAUNCH_SECONDS)
 
     def _failure(self, step: Step, failed: dict[int, Outcome], seconds: float) -> Row:
-        nodes = ", ".join(f"node {node}" for node in failed)
-        first = next((one for one in failed.values() if one.status is not None), None)
+        # Those that ended by themselves know more than those that waited until their time was up.
+        ended = {node: one for node, one in failed.items() if one.status is not None}
+        telling = [*(ended or failed).items()][:SAY]
+        said = "; ".join(f"node {node}: {one.said}" for node, one in telling)
         if step.check in ("preflight", "data"):
             self.stopped = f"{step.check} did not end well"
-        if first is not None:
-            return Row(step.check, "FAIL", "", f"{nodes}: {first.said}")
-        said = next(iter(failed.values())).said
+        if ended:
+            return Row(step.check, "FAIL", "", said)
         if self._left() <= 1 and step.check != "preflight":
             return Row(step.check, "skipped", "", f"the time of --max_minutes ran out: {said}")
-        text = f"{nodes}: did not end within {seconds:.0f} s; the last of it: {said}"
+        text = f"did not end within {seconds:.0f} s; the last of it: {said}"
         return Row(step.check, "FAIL", "", text)
 
     def _report(self) -> int:

@@ -385,9 +385,9 @@ def test_a_launch_that_hangs_fails_and_one_that_the_time_cuts_off_is_skipped(
     status, rows, _ = report_of(tmp_path, monkeypatch, flags, do)
     assert status == 1
     assert rows["zero1, fp32"].verdict == "FAIL"
-    assert "did not end within 180 s; the last of it: waiting" in rows["zero1, fp32"].result
+    assert "did not end within 180 s; the last of it: node 0: waiting" in rows["zero1, fp32"].result
     assert rows["ddp, fp32"].verdict == "skipped"
-    assert rows["ddp, fp32"].result == "the time of --max_minutes ran out: waiting"
+    assert rows["ddp, fp32"].result == "the time of --max_minutes ran out: node 0: waiting"
 
 
 def test_without_a_preflight_or_a_reference_nothing_is_compared(
@@ -521,5 +521,8 @@ def test_help_shows_the_flags_of_launcher_and_verify(capfd: pytest.CaptureFixtur
 def test_the_reason_of_a_failed_launch_is_its_first_error() -> None:
     log = "accelerate launch --error\nstart\n[rank1]: ValueError: no data\nTypeError: later\nbye\n"
     assert telling_line(log) == "[rank1]: ValueError: no data"
-    assert telling_line("command\nstart\nstopped here\n\n") == "stopped here"
-    assert telling_line("command\n") == "it said nothing"
+    assert (
+        telling_line("command\nstart\nstopped here\n[W1126 socket.cpp] no name\n\n")
+        == "stopped here"
+    )
+    assert telling_line("command\n") == "no output"
