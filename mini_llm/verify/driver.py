@@ -222,12 +222,11 @@ def verify(options: Options, nodes: Nodes, processes: int) -> int:
 
 def check_same_processes(meeting: Meeting) -> None:
     """Of every node as many, or the ranks would wait for ever. Raises UsageError on all nodes."""
-    found = {
-        node: meeting.hear(f"node/{node}", HEAR_SECONDS) for node in range(meeting.nodes.count)
-    }
-    for node, theirs in found.items():
+    found: dict[int, Any] = {}
+    for node in range(meeting.nodes.count):
+        theirs = found[node] = meeting.hear(f"node/{node}", meeting.patience)
         if theirs is None:
-            raise UsageError(f"node {node} does not answer; see what it says")
+            raise meeting.absent(node)
         ours, count = found[0]["processes"], theirs["processes"]
         if count != ours:
             raise UsageError(
@@ -277,6 +276,9 @@ class Main:
                 continue
             is_last_part = not any(later.check == step.check for later in steps[number + 1 :])
             self._add(self._do(number, len(steps), step, is_last_part))
+        if self.why_no_folder is not None and not any(row.check == "disk" for row in self.rows):
+            text = f"{self.driver.output_dir} cannot be written: {self.why_no_folder}"
+            self.rows.append(Row("disk", "FAIL", "", text))
         if self.driver.runs:
             self.rows += absent_rows(self.driver.world_size, gpu=self.driver.gpu)
         if self.driver.flags.skip is not None:
@@ -367,13 +369,12 @@ class Main:
         }
         print(f"\n{terminal_table(rows)}\n")
         print(f"verify: {summary(rows)}; {about['where']}; {about['seconds']} s")
-        status = exit_status(rows)
         if self.why_no_folder is not None:
             print(f"{driver.output_dir} cannot be written, so the table stands here alone")
-            return 1
+            return exit_status(rows)
         write_report(driver.output_dir, rows, about)
         for run in driver.runs.values():
             if any(row.check == run.check and row.verdict == "ok" for row in rows):
                 shutil.rmtree(driver.work / run.name)
         print(f"also in {driver.output_dir}/verify.md and verify.json; logs: {driver.work}/logs")
-        return status
+        return exit_status(rows)

@@ -5,6 +5,8 @@ start the same launches in the same order, whatever their clocks say or one of t
 """
 
 import json
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,8 @@ from mini_llm.launch.nodes import Nodes
 from mini_llm.launch.options import UsageError
 
 FAREWELL_SECONDS = 20.0
+ANSWER_SECONDS = 60.0  # of the store, once it is there
+LOOK_SECONDS = 0.2  # the store's own waiting would be deaf to signals
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,39 @@ class Outcome:
 
 
 class Meeting:
-    """This node's end of the store. Raises UsageError if the nodes do not come together."""
+    """This node's end of the store. Raises UsageError if node 0 does not open it in time."""
 
     def __init__(self, nodes: Nodes, patience: int) -> None:
-        self.nodes = nodes
-        host = nodes.main_ip or "127.0.0.1"
-        try:
-            self._store = TCPStore(
-                host,
-                nodes.main_port,  # 0 on a single node: any free one
-                world_size=nodes.count,
-                is_master=nodes.rank == 0,
-                timeout=timedelta(seconds=patience),
-                wait_for_workers=True,
-            )
-        except DistError as error:
-            raise UsageError(
-                f"within {patience} s not all {nodes.count} nodes came to {host}, port "
-                f"{nodes.main_port} (--rendezvous_timeout); start the same command on all of them, "
-                f"and check that no firewall is between them ({error})"
-            ) from None
+        self.nodes, self.patience = nodes, patience  # seconds
+        self._host = nodes.main_ip or "127.0.0.1"
+        if nodes.rank != 0:
+            self._wait_for_node_0()
+        self._store = TCPStore(
+            self._host,
+            nodes.main_port,  # 0 on a single node: any free one
+            is_master=nodes.rank == 0,
+            timeout=timedelta(seconds=ANSWER_SECONDS),
+            wait_for_workers=False,
+        )
+
+    def _wait_for_node_0(self) -> None:
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                socket.create_connection((self._host, self.nodes.main_port), timeout=5).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise self.absent(0, str(error)) from None
+            time.sleep(LOOK_SECONDS)
+
+    def absent(self, node: int, why: str = "it has not answered") -> UsageError:
+        """What to say of a node that did not come."""
+        return UsageError(
+            f"node {node} did not come to {self._host}, port {self.nodes.main_port}, within "
+            f"{self.patience} s ({why}; --rendezvous_timeout); start the same command on all "
+            f"{self.nodes.count} nodes, and check that no firewall is between them"
+        )
 
     def tell(self, key: str, content: Any) -> None:
         """For whoever asks."""
@@ -58,11 +75,15 @@ class Meeting:
 
     def hear(self, key: str, seconds: float) -> Any:
         """Wait for it; None if it did not come in time, or node 0 is gone."""
+        deadline = time.monotonic() + seconds
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
+            while not self._store.check([key]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(LOOK_SECONDS)
+            return json.loads(self._store.get(key))
         except DistError:
             return None
-        return json.loads(self._store.get(key))
 
     def say_farewell(self) -> None:
         """Node 0 keeps the store until the others have heard all they need."""

@@ -1,7 +1,7 @@
 """`./launch.sh verify` with something wrong on purpose: ``broken_verify.py FAULT verify FLAGS``.
 
 ``preflight``: rank 1 is slow and has another torch. ``engine``: of the engines only ZeRO-2, which
-loses a part of every gradient. ``stuck``: the same one hangs.
+loses a part of every gradient.
 """
 
 import sys

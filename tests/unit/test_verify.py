@@ -12,6 +12,7 @@ import pytest
 from mini_llm.launch.__main__ import main
 from mini_llm.launch.nodes import PORTS_PER_JOB, Nodes
 from mini_llm.launch.options import UsageError, parse_options
+from mini_llm.parallel.environment import free_port
 from mini_llm.verify import driver as driver_module
 from mini_llm.verify.driver import Driver, Main, Step, check_same_processes, telling_line
 from mini_llm.verify.equivalence import (
@@ -35,7 +36,7 @@ from mini_llm.verify.judge import (
     slow_ranks,
     version_rows,
 )
-from mini_llm.verify.meeting import Outcome
+from mini_llm.verify.meeting import Meeting, Outcome
 from mini_llm.verify.pairs import BETWEEN_NODES, SAME_NODE, is_ring, pairs_of, plan_rounds
 from mini_llm.verify.table import (
     Row,
@@ -303,6 +304,7 @@ def report_of(
     monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
     do: Callable[[Driver, Step, float], tuple[float, Outcome]],
+    why_no_folder: str | None = None,
 ) -> tuple[int, dict[str, Row], Store]:
     """Exit status and rows of a verify whose steps are ``do``: seconds that it takes, outcome."""
     clock, store = Clock(), Store()
@@ -318,7 +320,7 @@ def report_of(
         return outcome
 
     monkeypatch.setattr(driver, "do", pretend)
-    main_node = Main(driver, store, None)  # type: ignore[arg-type]
+    main_node = Main(driver, store, why_no_folder)  # type: ignore[arg-type]
     status = main_node.run()
     return status, {row.check: row for row in main_node.rows}, store
 
@@ -388,6 +390,20 @@ def test_a_launch_that_hangs_fails_and_one_that_the_time_cuts_off_is_skipped(
     assert "did not end within 180 s; the last of it: node 0: waiting" in rows["zero1, fp32"].result
     assert rows["ddp, fp32"].verdict == "skipped"
     assert rows["ddp, fp32"].result == "the time of --max_minutes ran out: node 0: waiting"
+
+
+def test_a_folder_that_cannot_be_written_fails_without_a_preflight_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def do(driver: Driver, step: Step, seconds: float) -> tuple[float, Outcome]:
+        raise AssertionError("nothing can be run")
+
+    flags = ["--skip", "preflight"]
+    status, rows, _ = report_of(tmp_path, monkeypatch, flags, do, "Read-only file system")
+    assert status == 1
+    assert rows["disk"].verdict == "FAIL"
+    assert rows["disk"].result == f"{tmp_path} cannot be written: Read-only file system"
+    assert rows["zero1, fp32"].verdict == "skipped"
 
 
 def test_without_a_preflight_or_a_reference_nothing_is_compared(
@@ -495,21 +511,30 @@ def test_a_hostfile_starts_verify_on_every_host(
 
 
 def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
-    class Asked:
-        nodes = Nodes(2)
-
-        def hear(self, key: str, seconds: float) -> dict[str, Any] | None:
-            return answers[int(key.removeprefix("node/"))]
-
-    answers: list[dict[str, Any] | None]
-    answers = [{"host": "alpha", "processes": 8}, {"host": "beta", "processes": 8}]
-    check_same_processes(Asked())  # type: ignore[arg-type]
-    answers[1] = {"host": "beta", "processes": 4}
+    meeting = Meeting(Nodes(2, main_port=free_port()), patience=1)
+    meeting.tell("node/0", {"host": "alpha", "processes": 8})
+    with pytest.raises(
+        UsageError, match=r"node 1 did not come to 127\.0\.0\.1, port .* within 1 s"
+    ):
+        check_same_processes(meeting)
+    meeting.tell("node/1", {"host": "beta", "processes": 8})
+    check_same_processes(meeting)
+    meeting.tell("node/1", {"host": "beta", "processes": 4})
     with pytest.raises(UsageError, match=r"node 1 \(beta\) starts 4 process\(es\), node 0 8"):
-        check_same_processes(Asked())  # type: ignore[arg-type]
-    answers[1] = None
-    with pytest.raises(UsageError, match="node 1 does not answer"):
-        check_same_processes(Asked())  # type: ignore[arg-type]
+        check_same_processes(meeting)
+
+
+def test_nodes_hear_what_the_others_tell_and_wait_for_node_0_only_so_long() -> None:
+    port = free_port()
+    with pytest.raises(UsageError, match=f"node 0 did not come to 127.0.0.1, port {port}"):
+        Meeting(Nodes(2, 1, main_port=port), patience=0)
+    first = Meeting(Nodes(2, 0, main_port=port), patience=1)
+    second = Meeting(Nodes(2, 1, main_port=port), patience=1)
+    assert second.hear("plan", 0) is None
+    first.tell("plan", {"skip": None})
+    assert second.hear("plan", 5) == {"skip": None}
+    second.say_farewell()
+    first.say_farewell()
 
 
 def test_help_shows_the_flags_of_launcher_and_verify(capfd: pytest.CaptureFixture[str]) -> None:
