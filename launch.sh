@@ -8,7 +8,7 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain sft doctor help"
+COMMANDS="setup quickstart test pretrain sft verify doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
@@ -44,6 +44,11 @@ Usage: ./launch.sh COMMAND [flags]
                  --hostfile F                              from one machine, by pdsh or ssh
                  --nodes N --node_rank R --main_ip IP      on every node
                  --nodes N --rendezvous_file PATH          on every node
+  verify       on these ranks and nodes: versions, disk, compute, network, and whether every engine
+               trains as one process does; takes the flags above for nodes and processes, and
+                 --output_dir D      where checkpoints are going to be (default output/verify)
+                 --max_minutes M     what does not fit is skipped, and said to be (default 10)
+                 --skip PART         preflight or equivalence
   doctor       versions, devices, memory, and whether DeepSpeed starts on 2 processes
                  --data PATH         examine the data there instead: one shard through the pipeline
                  --tokenizer DIR, --seq_len N   for --data
@@ -376,7 +381,9 @@ cmd_pretrain() { launch_recipe pretrain "$@"; }
 
 cmd_sft() { launch_recipe sft "$@"; }
 
-launch_recipe() { # launch_recipe NAME FLAGS…: recipes/NAME.py under accelerate launch, here or on many nodes
+cmd_verify() { launch_recipe verify "$@"; }
+
+launch_recipe() { # launch_recipe NAME FLAGS…: NAME under accelerate launch, here or on many nodes
   require_setup "$1"
   exec "$VENV/bin/python" -m mini_llm.launch "$@"
 }
@@ -388,7 +395,7 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | sft | doctor) "cmd_$1" "${@:2}" ;;
+    setup | quickstart | test | pretrain | sft | verify | doctor) "cmd_$1" "${@:2}" ;;
     help | -h | --help) usage ;;
     "") usage_error "which command? One of: $COMMANDS" ;;
     *) usage_error "unknown command '$1'; it is one of: $COMMANDS" ;;

@@ -210,23 +210,27 @@ def run_with_timeout(
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
-        code: int | None = None
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass  # said by the exit status None
-        finally:
-            # The launcher gives its ranks sessions of their own, so each is ended by its number.
-            if process.poll() is None:
-                family = [psutil.Process(process.pid)]
-                family += family[0].children(recursive=True)
-                for member in family:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        member.kill()
-                process.wait()
-                psutil.wait_procs(family, timeout=10)  # a killed process takes a moment to go
+        code = wait_or_kill(process, timeout)
         output.seek(0)
         return code, output.read()
+
+
+def wait_or_kill(process: subprocess.Popen[Any], timeout: float) -> int | None:
+    """Exit status of a launcher; None: `timeout` seconds ran out. Leaves none of its ranks."""
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # The launcher gives its ranks sessions of their own, so each is ended by its number.
+        if process.poll() is None:
+            family = [psutil.Process(process.pid)]
+            family += family[0].children(recursive=True)
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            process.wait()
+            psutil.wait_procs(family, timeout=10)  # a killed process takes a moment to go
 
 
 def probe() -> None:

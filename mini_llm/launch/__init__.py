@@ -1,4 +1,4 @@
-"""Starting a recipe on one node or many: `python -m mini_llm.launch pretrain|sft FLAGS`.
+"""Starting a recipe on one node or many: `python -m mini_llm.launch pretrain|sft|verify FLAGS`.
 
     options.py     the flags: the launcher's own, and those that are the recipe's
     nodes.py       how many nodes, which one this is, where the first one listens

@@ -1,4 +1,4 @@
-"""`python -m mini_llm.launch pretrain|sft FLAGS`: what launch.sh hands over to.
+"""`python -m mini_llm.launch pretrain|sft|verify FLAGS`: what launch.sh hands over to.
 
 `python -m mini_llm.launch gpus` prints how many GPUs training can use.
 """
@@ -10,6 +10,9 @@ import subprocess
 import sys
 from types import FrameType
 from typing import NoReturn
+
+from mini_llm.verify.arguments import parse_flags
+from mini_llm.verify.arguments import parser as verify_parser
 
 from . import network
 from .command import REPOSITORY, build_launch, processes_per_node
@@ -26,7 +29,7 @@ def main(words: list[str]) -> int:
         case ["gpus"]:
             print(gpu_count())
             return 0
-        case [("pretrain" | "sft") as recipe, *flags]:
+        case [("pretrain" | "sft" | "verify") as recipe, *flags]:
             os.chdir(REPOSITORY)  # where relative paths start, also those in Accelerate configs
             try:
                 return launch(parse_options(recipe, flags))
@@ -34,7 +37,7 @@ def main(words: list[str]) -> int:
                 print(f"launch.sh: {recipe}: {error}", file=sys.stderr)
                 return USAGE_ERROR
         case _:
-            print("usage: python -m mini_llm.launch pretrain|sft FLAGS", file=sys.stderr)
+            print("usage: python -m mini_llm.launch pretrain|sft|verify FLAGS", file=sys.stderr)
             return USAGE_ERROR
 
 
@@ -42,8 +45,13 @@ def launch(options: Options) -> int:
     """Start what the options ask for, on this node or on all hosts. Raises UsageError."""
     if options.help:
         print(HELP, flush=True)
+        if options.recipe == "verify":
+            print(verify_parser().format_help())
+            return 0
         return subprocess.run([sys.executable, f"recipes/{options.recipe}.py", "--help"]).returncode
     check_options(options)
+    if options.recipe == "verify":
+        parse_flags(options)  # before any node waits for another
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile)
         commands = host_commands(options, hosts, os.environ, REPOSITORY)
@@ -59,6 +67,10 @@ def launch(options: Options) -> int:
         network.check_is_this_machine(nodes.main_ip)
         if not options.print:
             network.check_port_is_free(nodes.main_port)
+    if options.recipe == "verify":
+        from mini_llm.verify.driver import verify  # imports torch
+
+        return verify(options, nodes, processes)
     if options.print:
         print(ready.shell_line())
         return 0

@@ -47,7 +47,7 @@ class Launch:
             words += ["--deepspeed_multinode_launcher", "standard"]
             words += ["--rdzv_conf", f"timeout={self.options.rendezvous_timeout}"]
         words += ["--num_cpu_threads_per_process", str(self.threads)]
-        return [*words, f"recipes/{self.options.recipe}.py", *self.options.recipe_flags]
+        return [*words, *self.options.program, *self.options.recipe_flags]
 
     def shell_line(self) -> str:
         """The command with its variables, to be pasted into a shell in the repository."""

@@ -1,4 +1,4 @@
-"""The command line of `launch.sh pretrain|sft`: the launcher's own flags and the recipe's."""
+"""The command line of `launch.sh pretrain|sft|verify`: the launcher's flags and the recipe's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ DEFAULT_CONFIG = "accelerate_configs/zero1.yaml"
 DEFAULT_PATIENCE = 900
 
 HELP = f"""\
-Usage: ./launch.sh {{pretrain|sft}} [launch flags] [recipe flags]
+Usage: ./launch.sh {{pretrain|sft|verify}} [launch flags] [recipe flags]
 
 Launch flags
   --config_file F          Accelerate config (default {DEFAULT_CONFIG})
@@ -65,6 +65,13 @@ class Options:
     print: bool = False
     help: bool = False
     recipe_flags: list[str] = field(default_factory=list)
+
+    @property
+    def program(self) -> list[str]:
+        """What `accelerate launch` starts on every rank."""
+        if self.recipe == "verify":
+            return ["--module", "mini_llm.verify.preflight"]
+        return [f"recipes/{self.recipe}.py"]
 
 
 def _number(least: int, most: int | None = None) -> Callable[[str, str], int]:

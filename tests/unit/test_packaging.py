@@ -1,6 +1,9 @@
 """pyproject.toml and constraints.txt agree with each other and with the project's layout."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -64,5 +67,43 @@ def test_the_package_holds_mini_llm_its_constraints_and_its_tokenizer(
 
 
 def test_no_package_index_is_written_into_a_set_up_file() -> None:
-    for name in ("launch.sh", "pyproject.toml", "mini_llm/constraints.txt", ".ci/run"):
+    names = ("launch.sh", "pyproject.toml", "mini_llm/constraints.txt", ".ci/run", "Dockerfile")
+    for name in names:
         assert "://" not in (REPOSITORY / name).read_text(), name
+
+
+# ------------------------------------------------------------------ the Dockerfile
+
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert hadolint is not None, "hadolint is missing; run ./launch.sh setup --dev"
+    result = subprocess.run(
+        [hadolint, "Dockerfile"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_image_is_set_up_by_launch_sh_from_files_that_the_build_gets() -> None:
+    copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", DOCKERFILE, re.MULTILINE)
+    *early, everything = [line.split() for line in copied]
+    names = [name for line in early for name in line]
+    assert everything == ["."]
+    # What the set-up reads and, for the editable install, what makes mini_llm a package.
+    needed = {"launch.sh", "pyproject.toml", "mini_llm/constraints.txt", "mini_llm/__init__.py"}
+    assert needed <= set(names)
+    assert DOCKERFILE.index(names[0]) < DOCKERFILE.index("./launch.sh setup")
+    ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    for name in names:
+        assert (REPOSITORY / name).is_file()
+        assert not {name, *map(str, Path(name).parents)} & set(ignored)
+
+
+def test_the_image_runs_launch_sh_and_not_as_root() -> None:
+    assert 'ENTRYPOINT ["./launch.sh"]' in DOCKERFILE
+    users = re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)
+    assert users == ["${USER_ID}"]
+    (user_id,) = re.findall(r"^ARG USER_ID=(.*)$", DOCKERFILE, re.MULTILINE)
+    assert int(user_id) != 0
