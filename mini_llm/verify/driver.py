@@ -321,6 +321,8 @@ class Main:
             rows = read_rows(self.driver.work / "preflight")
             if any(row.check == "disk" and row.verdict == "FAIL" for row in rows):
                 self.stopped = "the checkpoint path cannot be written, see disk"
+            if any(row.check == "disk: shared" and row.verdict == "FAIL" for row in rows):
+                self.stopped = "a run needs one folder that all nodes share, see disk: shared"
             return rows
         if step.launch is None or not is_last_part:
             return []

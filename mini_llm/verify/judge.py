@@ -121,7 +121,7 @@ def disk_rows(disks: Mapping[int, Disk], output_dir: str, ranks: Ranks) -> list[
                 f"node-local: {ranks.name(apart)} do(es) not see what rank 0 writes to "
                 f"{output_dir}; a run needs one folder that all nodes share"
             )
-        rows.append(Row("disk: shared", "WARN" if apart else "ok", "", text))
+        rows.append(Row("disk: shared", "FAIL" if apart else "ok", "", text))
     return rows
 
 

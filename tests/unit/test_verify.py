@@ -106,7 +106,7 @@ def test_free_space_speed_and_a_folder_of_its_own_on_every_node_are_said() -> No
     free, write, shared = disk_rows(disks, "/ckpt", RANKS)
     assert (free.verdict, free.figure) == ("WARN", "9.0 GB") and "rank 2 (beta)" in free.result
     assert (write.verdict, write.figure) == ("ok", "300 MB/s") and "rank 2 (beta)" in write.result
-    assert shared.verdict == "WARN" and shared.result.startswith("node-local: rank 2 (beta)")
+    assert shared.verdict == "FAIL" and shared.result.startswith("node-local: rank 2 (beta)")
     alone = disk_rows({0: disks[0]}, "/ckpt", RANKS)
     assert [row.verdict for row in alone] == ["ok", "ok"]  # one node: nothing to share
 
