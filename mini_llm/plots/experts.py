@@ -141,7 +141,7 @@ def draw_heat_map(kind: HeatMap, run: Run, folder: Path) -> Path | None:
         )
         bar.ax.set_yticklabels(["¼", "½", "1", "2", "4"])
         bar.ax.minorticks_off()
-        bar.set_label(f"tokens ÷ mean of the layer's {kind.row}s")
+        bar.set_label("tokens ÷ mean of the layer")
         if any_dead:
             panels[0, 0].legend(
                 handles=[Patch(color=DEAD, label=f"no token: {kind.row} is dead")],

@@ -243,7 +243,7 @@ def data_table(run: Run) -> str:
             ]
         )
     head = ["source", "path", "weight", "trained tokens", "share", "prepared tokens", "passes"]
-    head += ["held-out tokens", "documents or conversations", "rejected rows"]
+    head += ["prepared held-out tokens", "documents or conversations", "rejected rows"]
     return page.table(head, rows) if rows else ""
 
 
