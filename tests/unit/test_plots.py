@@ -145,29 +145,31 @@ def test_pictures_are_as_wide_as_a_page_and_the_same_each_time(tmp_path):
 
 
 def test_a_single_logged_step_is_a_dot_and_a_null_is_a_gap(tmp_path):
-    drawn = {
-        name: draw_plots(write_run(tmp_path / name, steps))[0]
-        for name, steps in {
-            "nothing": [logged(1, train__loss=None, eval__web__loss=1.0)],
-            "alone": [logged(1, eval__web__loss=1.0)],
-            "whole": [logged(step, train__loss=3.0) for step in (1, 2, 3, 4)],
-            "gap": [logged(s, train__loss=None if s == 3 else 3.0) for s in (1, 2, 3, 4)],
-        }.items()
-    }
-    # Held-out loss comes first where there is no training loss, and takes the first colour.
-    assert pixels(drawn["nothing"], COLORS[1]) == 0
-    assert pixels(drawn["alone"], COLORS[0]) > 10 and pixels(drawn["alone"], COLORS[1]) > 10
-    assert 0 < pixels(drawn["gap"], COLORS[0]) < 0.7 * pixels(drawn["whole"], COLORS[0])
+    def shown(*rates: float | None) -> int:
+        steps = [logged(step, train__lr=rate) for step, rate in enumerate(rates, start=1)]
+        run = write_run(tmp_path / str(rates), steps)
+        draw_plots(run)
+        return pixels(run / "plots" / "learning_rate.png", COLORS[0])  # it has no legend
+
+    assert 10 < shown(1e-3) < 100
+    line = shown(1e-3, 1e-3, 1e-3, 1e-3)
+    assert 0.2 * line < shown(1e-3, 1e-3, None, 1e-3) < 0.6 * line
 
 
-@pytest.mark.parametrize("name", ["$", r"a $\frac$ b", "_hidden", "<b>&amp;", "a/b", "x" * 90])
+@pytest.mark.parametrize("name", ["$", r"a $\frac$ b", "<b>&amp;", "a/b", "x" * 90])
 def test_any_name_of_a_source_can_be_drawn(tmp_path, name):
     steps = [{"step": 1, f"data/{name}/tokens": 5, f"eval/{name}/loss": 2.0}]
     run = write_run(tmp_path / "run", steps)
     assert names(draw_plots(run)) == {"loss", "tokens_by_source"}
-    # Its curve is in the legend, or two would look like one.
-    assert pixels(run / "plots" / "tokens_by_source.png", "#ffffff") > 1000
-    write_report(run)
+    Checked(write_report(run))
+
+
+def test_an_underscore_does_not_hide_a_source_from_the_legend(tmp_path):
+    black = []
+    for name in ("source", "_source"):
+        run = write_run(tmp_path / name, [{"step": 1, f"data/{name}/tokens": 5}])
+        black.append(pixels(draw_plots(run)[0], "#000000"))
+    assert black[1] >= black[0]  # the letters of the legend, among others
 
 
 def test_a_long_noisy_curve_is_smoothed_by_the_mean_of_its_neighbours():
