@@ -17,7 +17,7 @@ __all__ = ["draw_comparison", "draw_plots", "draw_run", "told"]
 def draw_plots(run: Path) -> list[Path]:
     """Draw all that a run folder has metrics for into ``RUN/plots``; return the files, loss first.
 
-    Raises ValueError where it is no run folder.
+    Raises PlotError where it is no run folder.
     """
     return draw_run(read_run(run))
 

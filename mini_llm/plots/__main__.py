@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import draw_comparison, draw_run, told
 from .report import report, write_comparison
-from .runs import common_parent, read_runs
+from .runs import PlotError, common_parent, read_runs
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(command_line)
     try:
         if arguments.output and len(arguments.runs) == 1:
-            raise ValueError("--output is the place of a comparison; give several runs")
+            raise PlotError("--output is the place of a comparison; give several runs")
         runs = read_runs(arguments.runs)  # all of them, before anything is drawn
         for run in runs:
             print(f"drew {told(draw_run(run))}")
@@ -46,7 +46,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
             drawn = draw_comparison(runs, folder / "comparison")
             print(f"drew {told(drawn)}")
             print(f"wrote {write_comparison(runs, folder, drawn)}")
-    except (ValueError, OSError) as error:
+    except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -73,7 +73,7 @@ RESULTS: tuple[tuple[str, str, Any, str], ...] = (
 def write_report(folder: Path) -> Path:
     """Write RUN/report.html of a run folder, with the plots that lie in RUN/plots; return it.
 
-    Raises ValueError where ``folder`` is no run folder.
+    Raises PlotError where ``folder`` is no run folder.
     """
     return report(read_run(folder))
 

@@ -13,6 +13,10 @@ METRICS, RUN_FACTS, CONFIG, SAMPLES = "metrics.jsonl", "run.json", "config.yaml"
 Metrics = dict[str, Any]
 
 
+class PlotError(ValueError):
+    """A folder that is no run, or a damaged file in it: one sentence with the way out."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder's content; ``facts`` (run.json) and ``config`` are empty where it has none."""
@@ -25,20 +29,20 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError(f"{self.folder / METRICS} has no logged step yet; plot the run later")
+            raise PlotError(f"{self.folder / METRICS} has no logged step yet; plot the run later")
 
 
 def read_metrics(run: Path) -> list[Metrics]:
-    """The logged steps of a run folder, in order; raises ValueError for a line that is none.
+    """The logged steps of a run folder, in order; raises PlotError for a line that is none.
 
     The last line of a run that is writing it, without its end yet, does not count; a step that a
     run logged anew after going back counts as logged last.
     """
     path = run / METRICS
     if not run.is_dir():
-        raise ValueError(f"{run} is no folder; give a run folder, the --output_dir of a run")
+        raise PlotError(f"{run} is no folder; give a run folder, the --output_dir of a run")
     if not path.is_file():
-        raise ValueError(f"{run} is no run folder: it has no {METRICS}; give the --output_dir")
+        raise PlotError(f"{run} is no run folder: it has no {METRICS}; give the --output_dir")
     steps: list[Metrics] = []
     text = path.read_bytes().decode(errors="replace")
     for number, line in enumerate(text.split("\n")[:-1], start=1):
@@ -48,7 +52,7 @@ def read_metrics(run: Path) -> list[Metrics]:
             if isinstance(step, bool) or not isinstance(step, int):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
+            raise PlotError(
                 f"{path}, line {number}: not a JSON object with a whole number as step; "
                 "take the line out, or give another run"
             ) from None
@@ -59,7 +63,7 @@ def read_metrics(run: Path) -> list[Metrics]:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder. Raises ValueError, in one sentence, where it is none or is damaged."""
+    """Read a run folder. Raises PlotError, in one sentence, where it is none or is damaged."""
     steps = read_metrics(folder)
     facts, config = {}, {}
     if (folder / RUN_FACTS).is_file():
@@ -70,26 +74,26 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping; raises ValueError naming one that does not."""
+    """A JSON or YAML file that holds a mapping; raises PlotError naming one that does not."""
     text = path.read_text()
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: it holds no mapping; restore it or remove it")
+        raise PlotError(f"{path} cannot be read: it holds no mapping; restore it or remove it")
     return content
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read several runs, each under the end of its path that tells it from the others.
 
-    Raises ValueError where one is no run folder, or is given twice.
+    Raises PlotError where one is no run folder, or is given twice.
     """
     whole = [folder.resolve() for folder in folders]
     for place, path in enumerate(whole):
         if path in whole[:place]:
-            raise ValueError(f"{folders[place]} is given twice; name each run once")
+            raise PlotError(f"{folders[place]} is given twice; name each run once")
     length = 1
     while True:
         names = ["/".join(path.parts[-length:]) for path in whole]
