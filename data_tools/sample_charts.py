@@ -6,19 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-# Fonts with Chinese characters, in the order of preference; matplotlib brings none along.
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "SimHei",
-)
+from mini_llm.plots.style import fonts
 
 
 def draw_source_shares(path: Path, sources: Sequence[tuple[str, int, int]]) -> bool:
@@ -29,13 +17,11 @@ def draw_source_shares(path: Path, sources: Sequence[tuple[str, int, int]]) -> b
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
+    from matplotlib import pyplot
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
     names = [name for name, _, _ in sources]
     with (
-        pyplot.rc_context({"font.family": fonts}),
+        pyplot.rc_context({"font.family": fonts()}),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mini_llm.training.plots import attention_mask, draw_attention_mask, new_figure, save_figure
+from mini_llm.plots.packed_rows import attention_mask, draw_attention_mask
+from mini_llm.plots.style import COLORS, drawing
 
 __all__ = [
     "attention_mask",
@@ -29,36 +30,42 @@ def length_counts(lengths: Sequence[int]) -> np.ndarray:
 
 def draw_lengths(path: Path, before: np.ndarray, after: np.ndarray, seq_len: int) -> None:
     """Draw the shares of conversations by length, before and after filters and sampling."""
-    figure, axes = new_figure()
-    for counts, label, color in (
-        (before, f"valid in the input ({before.sum():,})", "tab:orange"),
-        (after, f"written ({after.sum():,})", "tab:blue"),
-    ):
-        shares = 100 * counts / max(counts.sum(), 1)
-        axes.stairs(shares, LENGTH_EDGES, label=label, color=color, fill=True, alpha=0.35)
-        axes.stairs(shares, LENGTH_EDGES, color=color)
-    used = np.flatnonzero(before + after)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(LENGTH_EDGES[used[0]], max(LENGTH_EDGES[used[-1] + 1], seq_len * 1.1))
-    axes.axvline(seq_len, color="black", linestyle="--", linewidth=1, label=f"a row: {seq_len:,}")
-    axes.set_xlabel("tokens of a conversation")
-    axes.set_ylabel("share of conversations (%)")
-    axes.legend()
-    save_figure(figure, path)
+    with drawing(path) as axes:
+        for counts, label, color in (
+            (before, f"valid in the input ({before.sum():,})", COLORS[1]),
+            (after, f"written ({after.sum():,})", COLORS[0]),
+        ):
+            shares = 100 * counts / max(counts.sum(), 1)
+            axes.stairs(shares, LENGTH_EDGES, label=label, color=color, fill=True, alpha=0.35)
+            axes.stairs(shares, LENGTH_EDGES, color=color)
+        used = np.flatnonzero(before + after)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(LENGTH_EDGES[used[0]], max(LENGTH_EDGES[used[-1] + 1], seq_len * 1.1))
+        axes.axvline(
+            seq_len, color="black", linestyle="--", linewidth=1, label=f"a row: {seq_len:,}"
+        )
+        axes.set_xlabel("tokens of a conversation")
+        axes.set_ylabel("share of conversations (%)")
+        axes.legend()
 
 
 def draw_utilisation(path: Path, row_tokens: np.ndarray, conversations: int, seq_len: int) -> None:
     """Draw how full the packed rows are, and what one conversation a row would give."""
-    figure, axes = new_figure()
-    axes.hist(100 * row_tokens / seq_len, bins=np.linspace(0, 100, 51).tolist(), color="tab:blue")
-    mean = 100 * row_tokens.sum() / (seq_len * len(row_tokens))
-    alone = 100 * row_tokens.sum() / (seq_len * conversations)
-    axes.axvline(mean, color="black", linewidth=1, label=f"packed, mean {mean:.1f}%")
-    axes.axvline(
-        alone, color="tab:red", linestyle="--", linewidth=1, label=f"one a row, mean {alone:.1f}%"
-    )
-    axes.set_xlabel("positions of a row that hold a token (%)")
-    axes.set_ylabel("rows")
-    axes.set_yscale("log")
-    axes.legend()
-    save_figure(figure, path)
+    with drawing(path) as axes:
+        axes.hist(
+            100 * row_tokens / seq_len, bins=np.linspace(0, 100, 51).tolist(), color=COLORS[0]
+        )
+        mean = 100 * row_tokens.sum() / (seq_len * len(row_tokens))
+        alone = 100 * row_tokens.sum() / (seq_len * conversations)
+        axes.axvline(mean, color="black", linewidth=1, label=f"packed, mean {mean:.1f}%")
+        axes.axvline(
+            alone,
+            color=COLORS[1],
+            linestyle="--",
+            linewidth=1,
+            label=f"one a row, mean {alone:.1f}%",
+        )
+        axes.set_xlabel("positions of a row that hold a token (%)")
+        axes.set_ylabel("rows")
+        axes.set_yscale("log")
+        axes.legend()

@@ -57,6 +57,8 @@ from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
 from mini_llm.parallel.rank_log import open_rank_log
+from mini_llm.plots import draw_plots, told
+from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
@@ -72,7 +74,6 @@ from mini_llm.training.interruption import Interruption, note_the_stop
 from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from mini_llm.training.plots import plot_loss
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
@@ -319,7 +320,9 @@ def main(args: PretrainArguments) -> None:
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
-            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held.read())
+            write_run_facts(
+                output_dir, args, accelerator, model, optimizer, parameters, identity, held.read()
+            )
 
         # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
         interruption.agree(sums[1:])
@@ -378,7 +381,7 @@ def main(args: PretrainArguments) -> None:
             note_the_stop()
             break
 
-    # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
+    # ---- Finish: a stock checkpoint, plots, a few samples, a report ------------------------------
     for line in describe_rejected(rejected_rows(stream)):
         log.say(line)
     stream.close()
@@ -389,8 +392,9 @@ def main(args: PretrainArguments) -> None:
         card = card_facts(args, accelerator, model, tokens=tokens.total(), evaluation=evaluation)
         save_final(accelerator, model, tokenizer, output_dir / "final", card)
         if accelerator.is_main_process:
-            print(f"drew {plot_loss(output_dir)}")
+            print(f"drew {told(draw_plots(output_dir))}")
             print_samples(output_dir, args.sample_prompts, args.sample_max_new_tokens, args.seed)
+            print(f"wrote {write_report(output_dir)}")
             print(f"the trained model is in {output_dir / 'final'}", flush=True)
     engine.leave(accelerator)
 

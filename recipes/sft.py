@@ -65,6 +65,9 @@ from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
 from mini_llm.parallel.rank_log import open_rank_log
+from mini_llm.plots import draw_plots, told
+from mini_llm.plots.packed_rows import plot_attention_mask, plot_packing
+from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
@@ -80,7 +83,6 @@ from mini_llm.training.interruption import Interruption, note_the_stop
 from mini_llm.training.losses import combine_losses, mtp_options
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from mini_llm.training.plots import plot_attention_mask, plot_loss, plot_packing
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
@@ -329,7 +331,9 @@ def main(args: SftArguments) -> None:
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
-            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held.read())
+            write_run_facts(
+                output_dir, args, accelerator, model, optimizer, parameters, identity, held.read()
+            )
             if accelerator.is_main_process:
                 plot_packing(output_dir, rows)
                 plot_attention_mask(output_dir, rows[0])
@@ -412,8 +416,9 @@ def main(args: SftArguments) -> None:
         )
         save_final(accelerator, model, tokenizer, output_dir / "final", card)
         if accelerator.is_main_process:
-            print(f"drew {plot_loss(output_dir)}")
+            print(f"drew {told(draw_plots(output_dir))}")
             print(samples.text(), end="")
+            print(f"wrote {write_report(output_dir)}")
             print(f"the fine-tuned model is in {output_dir / 'final'}", flush=True)
     engine.leave(accelerator)
 

@@ -1,1 +1,1 @@
-"""What both recipes share: arguments, optimizer, checkpoints, evaluation, metrics, plots."""
+"""What both recipes share: arguments, optimizer, checkpoints, evaluation, metrics."""

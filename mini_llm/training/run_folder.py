@@ -18,6 +18,7 @@ from mini_llm.parallel.expert_parallel import expert_groups
 
 from .arguments import RunArguments
 from .optimizer import describe_optimizer
+from .sizes import ParameterCounts
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -129,6 +130,7 @@ def write_run_facts(
     accelerator: Any,
     model: Any,
     optimizer: Any,
+    parameters: ParameterCounts,
     identity: dict[str, Any],
     held: dict[str, int],
 ) -> None:
@@ -141,6 +143,7 @@ def write_run_facts(
         return
     unwrapped = accelerator.unwrap_model(model)
     facts = {
+        "parameters": dataclasses.asdict(parameters),
         "world_size": accelerator.num_processes,
         "hosts": hosts,  # of each rank
         "distributed_type": accelerator.distributed_type.value,

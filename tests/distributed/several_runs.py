@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # The recipe and its libraries import these when they first need them; here once for all runs.
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
+import matplotlib.figure  # noqa: F401
 
 from mini_llm import build_model, list_models
 from mini_llm.parallel.watchdog import end_with_launcher

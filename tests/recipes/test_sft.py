@@ -125,6 +125,7 @@ def test_a_run_learns_watches_itself_and_leaves_its_pictures_and_answers(
     assert "0 what is it" in text
     for picture in ("loss", "packing", "attention_mask"):
         assert (finished_run / "plots" / f"{picture}.png").read_bytes()[1:4] == b"PNG"
+    assert "What the packed rows hold" in (finished_run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)

@@ -26,11 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import sample as tool
-from data_tools import sample_charts
 from data_tools.sample_charts import draw_source_shares
 from mini_llm.data import durable, sampling
 from mini_llm.data.sampling import document_hash, sample_size
 from mini_llm.data.text_files import Document, find_text_files, read_documents
+from mini_llm.plots import style
 from tests.unit.prepare_fixtures import REPOSITORY, conversation, files_of
 
 Row = tuple[str, float | None, str]
@@ -704,7 +704,7 @@ def test_chart_takes_any_name_and_many_sources_and_is_the_same_bytes(
 ) -> None:
     names = ["中文维基", "$a^^b$", "_hidden", tool.shown_name(""), tool.shown_name("a\nb\x00" * 99)]
     sources = [(name, 10 * i, i) for i, name in enumerate(names)]
-    monkeypatch.setattr(sample_charts, "CHINESE_FONTS", ())
+    monkeypatch.setattr(style, "CHINESE_FONTS", ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("a.png", "b.png"):

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from mini_llm import build_model, list_models
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter
-from mini_llm.training.plots import plot_loss
 from mini_llm.training.run_folder import check_run_folder, write_json
 from mini_llm.training.sizes import (
     ParameterCounts,
@@ -127,13 +126,3 @@ def test_a_folder_of_the_same_run_is_accepted_and_another_names_the_keys(tmp_pat
     with pytest.raises(ValueError, match="seed: 1 there, 2 here") as error:
         check_run_folder(tmp_path, {"seed": 2, "model": "a"})
     assert "model" not in str(error.value)
-
-
-def test_the_loss_plot_is_drawn_from_metrics_alone(tmp_path):
-    lines = [
-        {"step": 1, "train/loss": 3.0, "eval/a/loss": 3.0, "eval/a/bits_per_byte": 1.0},
-        {"step": 2, "train/loss": 2.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path = plot_loss(tmp_path)
-    assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mini_llm.training import plots
-from mini_llm.training.plots import attention_mask, plot_attention_mask, plot_packing
+from mini_llm.plots import packed_rows
+from mini_llm.plots.packed_rows import attention_mask, plot_attention_mask, plot_packing
 
 
 def rgb(color: str) -> tuple[int, ...]:
@@ -17,7 +17,7 @@ def rgb(color: str) -> tuple[int, ...]:
 def colors_of(path: Path) -> dict[str, int]:
     """How many pixels of a picture have each of the colours that mean something."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
-    names = {"context": plots.CONTEXT, "supervised": plots.SUPERVISED}
+    names = {"context": packed_rows.CONTEXT, "supervised": packed_rows.SUPERVISED}
     return {name: int((pixels == rgb(color)).all(-1).sum()) for name, color in names.items()}
 
 
@@ -64,7 +64,7 @@ def test_attention_picture_shows_a_small_part_of_the_square_and_never_builds_it(
         shapes.append(mask.shape)
         return mask
 
-    monkeypatch.setattr(plots, "attention_mask", spy)
+    monkeypatch.setattr(packed_rows, "attention_mask", spy)
     seen = []
     for lengths in ([8192], [4096, 4096], [2048] * 3):
         path = plot_attention_mask(tmp_path, row(lengths, 8192))
