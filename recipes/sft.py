@@ -55,8 +55,9 @@ from mini_llm.data.quickstart import (
     build_quickstart_conversations,
     is_quickstart_data,
 )
+from mini_llm.hub.background_push import BackgroundPush
 from mini_llm.hub.export import chat_generation_config, save_final
-from mini_llm.hub.model_card import card_facts
+from mini_llm.hub.model_card import write_card
 from mini_llm.models import check_model, load_model, pretrained_folder
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
@@ -101,6 +102,7 @@ def main(args: SftArguments) -> None:
     # ---- Check: whatever can be wrong is found before anything is built --------------------------
     try:
         check_arguments(args, world_size())
+        pusher = BackgroundPush(args, rank())
         check_chat_prompts(args.sample_prompts)
         pretrained = pretrained_folder(args.model)
         args.tokenizer = args.tokenizer or str(pretrained)
@@ -329,7 +331,9 @@ def main(args: SftArguments) -> None:
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
-            write_run_facts(output_dir, args, accelerator, model, optimizer, identity, held.read())
+            write_run_facts(
+                output_dir, args, accelerator, model, optimizer, identity, held.read(), parameters
+            )
             if accelerator.is_main_process:
                 plot_packing(output_dir, rows)
                 plot_attention_mask(output_dir, rows[0])
@@ -387,6 +391,7 @@ def main(args: SftArguments) -> None:
                 eval_loss=mean_loss(evaluation) if evaluated_at == step else None,
             )
             log.say(f"saved {saved}")
+            pusher.send(saved)
             interruption.saved()
             throughput.restart()
         if interruption.stop_now:
@@ -402,19 +407,15 @@ def main(args: SftArguments) -> None:
     interruption.close()
     watchdog.rest("finishing")
     if step == args.max_steps:
-        card = card_facts(
-            args,
-            accelerator,
-            model,
-            tokens=tokens.total(),
-            evaluation=evaluation,
-            fine_tuned=True,
-        )
-        save_final(accelerator, model, tokenizer, output_dir / "final", card)
+        save_final(accelerator, model, tokenizer, output_dir / "final")
         if accelerator.is_main_process:
-            print(f"drew {plot_loss(output_dir)}")
+            picture = plot_loss(output_dir)
+            print(f"drew {picture}")
             print(samples.text(), end="")
+            write_card(output_dir / "final", output_dir, picture=picture)  # with curve and samples
+            pusher.send(output_dir / "final")
             print(f"the fine-tuned model is in {output_dir / 'final'}", flush=True)
+    pusher.finish(accelerator)
     engine.leave(accelerator)
 
 

@@ -16,8 +16,9 @@ from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import offload, zero_stage
 from mini_llm.parallel.expert_parallel import expert_groups
 
-from .arguments import RunArguments
+from .arguments import RunArguments, SftArguments
 from .optimizer import describe_optimizer
+from .sizes import ParameterCounts
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -131,6 +132,7 @@ def write_run_facts(
     optimizer: Any,
     identity: dict[str, Any],
     held: dict[str, int],
+    parameters: ParameterCounts,
 ) -> None:
     """run.json: what really ran. ``held`` is this rank's measured bytes; every rank calls this."""
     from accelerate.utils import gather_object
@@ -141,6 +143,8 @@ def write_run_facts(
         return
     unwrapped = accelerator.unwrap_model(model)
     facts = {
+        "recipe": "sft" if isinstance(args, SftArguments) else "pretrain",
+        "parameters": dataclasses.asdict(parameters),
         "world_size": accelerator.num_processes,
         "hosts": hosts,  # of each rank
         "distributed_type": accelerator.distributed_type.value,
