@@ -51,10 +51,12 @@ class BackgroundPush:
         self._process: subprocess.Popen[bytes] | None = None
         self._is_busy = self._is_over = False
         self._thread: threading.Thread | None = None
-        if args.push_to_hub:
+        if args.push_to_hub and rank == 0:  # other nodes need no token
             check_target(args.hub_model_id, flag="--hub_model_id")
         if self.is_active:
-            self._ask_hub()
+            asking = threading.Thread(target=self._ask_hub, name="ask the hub", daemon=True)
+            asking.start()
+            asking.join(2 * CHECK_SECONDS)  # looking up a name knows no limit of its own
 
     def _ask_hub(self) -> None:
         from huggingface_hub import constants

@@ -124,7 +124,7 @@ def write_card(
     chat = facts["recipe"] == "sft"
     text = CARD.format(
         metadata=_metadata(
-            args, config, chat, license or args.hub_license, language or args.hub_language
+            facts, config, chat, license or args.hub_license, language or args.hub_language
         ),
         name=args.run_name or Path(args.output_dir).name,
         origin=(FINE_TUNED if chat else PRETRAINED).format(
@@ -151,10 +151,32 @@ def write_card(
     os.replace(aside, folder / "README.md")
 
 
+def from_hub(args: RunArguments) -> dict[str, Any]:
+    """The hub ids among a run's ``model`` and data sets, to be asked where the run runs.
+
+    Elsewhere a relative path, such as data/packed, looks like an id.
+    """
+    found = []
+    for source in args.data.values():
+        paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
+        for path in map(str, paths):
+            in_hub = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", path)
+            if in_hub:
+                found.append(in_hub[1])
+            elif _is_hub_id(path):
+                found.append(path)
+    model = args.model if _is_hub_id(args.model) else None
+    return {"model": model, "datasets": sorted(set(found))}
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def _read_run(run: Path) -> dict[str, Any]:
     """The facts of run.json with ``args`` (config.yaml) and ``metrics`` (metrics.jsonl) added."""
     facts: dict[str, Any] = json.loads((run / "run.json").read_text())
-    missing = [key for key in ("recipe", "parameters") if key not in facts]
+    missing = [key for key in ("recipe", "parameters", "from_hub") if key not in facts]
     if missing:
         raise ValueError(
             f"{run / 'run.json'} says nothing of {missing[0]}: an earlier version of mini-llm "
@@ -166,37 +188,21 @@ def _read_run(run: Path) -> dict[str, Any]:
     return facts | {"args": RECIPES[facts["recipe"]](**settings), "metrics": metrics}
 
 
-def _metadata(args: RunArguments, config: dict[str, Any], chat: bool, lic: str, lang: str) -> str:
+def _metadata(
+    facts: dict[str, Any], config: dict[str, Any], chat: bool, license: str, language: str
+) -> str:
     """The front matter that the hub reads."""
-    fields: dict[str, Any] = {"license": lic}
-    languages = [code.strip() for code in lang.split(",") if code.strip()]
+    fields: dict[str, Any] = {"license": license}
+    languages = [code.strip() for code in language.split(",") if code.strip()]
     if languages:
         fields["language"] = languages
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields["tags"] = ["mini-llm", config["model_type"], "conversational" if chat else "pretraining"]
-    if hub_ids := _hub_datasets(args.data):
-        fields["datasets"] = hub_ids
-    if chat and _is_hub_id(args.model):
-        fields["base_model"] = args.model
+    if facts["from_hub"]["datasets"]:
+        fields["datasets"] = facts["from_hub"]["datasets"]
+    if facts["from_hub"]["model"]:
+        fields["base_model"] = facts["from_hub"]["model"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _hub_datasets(data: dict[str, Any]) -> list[str]:
-    """The sources that are data sets on the hub, as ``owner/name``."""
-    found = []
-    for source in data.values():
-        paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
-        for path in map(str, paths):
-            in_hub = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", path)
-            if in_hub:
-                found.append(in_hub[1])
-            elif _is_hub_id(path):
-                found.append(path)
-    return sorted(set(found))
 
 
 def _short_name(model: str) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -14,8 +15,10 @@ from mini_llm import build_model
 from mini_llm.data.conversations import ChatEncoder
 from mini_llm.data.tokenizer import load_tokenizer
 from mini_llm.hub.export import base_generation_config, chat_generation_config, save_final
-from mini_llm.training.arguments import PretrainArguments, SftArguments
+from mini_llm.hub.model_card import from_hub, write_card
+from mini_llm.training.arguments import PretrainArguments, RunArguments, SftArguments
 from mini_llm.training.run_folder import write_config
+from mini_llm.training.samples import Answer, format_answers
 from mini_llm.training.sizes import ParameterCounts, count_parameters
 from tests.unit.prepare_fixtures import make_tokenizer
 
@@ -27,10 +30,11 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("export") / "tokenizer")
 
 
-def write_run(folder: Path, parameters: ParameterCounts, *, recipe: str) -> None:
+def write_run(folder: Path, args: RunArguments, parameters: ParameterCounts) -> None:
     """run.json and metrics.jsonl as far as a card reads them."""
     facts = {
-        "recipe": recipe,
+        "recipe": "sft" if isinstance(args, SftArguments) else "pretrain",
+        "from_hub": from_hub(args),
         "parameters": dataclasses.asdict(parameters),
         "world_size": 2,
         "distributed_type": "DEEPSPEED",
@@ -61,7 +65,7 @@ def export(tokenizer_dir: Path, folder: Path, *, fine_tuned: bool) -> Path:
         data={"a": {"path": "p", "weight": 2}},
     )
     write_config(folder, args)
-    write_run(folder, count_parameters(model), recipe="sft" if fine_tuned else "pretrain")
+    write_run(folder, args, count_parameters(model))
     save_final(accelerator, model, tokenizer, folder / "final")
     return folder / "final"
 
@@ -126,3 +130,37 @@ def test_card_says_where_a_model_comes_from_and_how_to_chat_with_it(
         and "pretrained with mini-llm for 3 steps" in base
     )
     assert "apply_chat_template" not in base and "fine-tuned" not in base
+
+
+def test_card_names_hub_ids_and_no_local_path_that_looks_like_one(
+    tokenizer_dir, tmp_path, monkeypatch
+):
+    final = export(tokenizer_dir, tmp_path, fine_tuned=True)
+    monkeypatch.chdir(tmp_path)
+    Path("data/packed").mkdir(parents=True)
+    Path("output/base").mkdir(parents=True)
+    data = {"local": {"path": "data/packed"}, "hub": {"path": "owner/chats"}}
+    data["files"] = {"path": ["hf://datasets/owner/books@main/a.parquet", "https://x.org/b/c"]}
+    for model, base in (("owner/base", "owner/base"), ("output/base", None)):
+        args = SftArguments(output_dir=str(tmp_path), model=model, data=data)
+        write_config(tmp_path, args)
+        write_run(tmp_path, args, ParameterCounts(10, 10, 0, 0, 0))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            write_card(final, tmp_path)
+        metadata = yaml.safe_load((final / "README.md").read_text().split("---\n")[1])
+        assert metadata["datasets"] == ["owner/books", "owner/chats"]
+        assert metadata.get("base_model") == base
+        assert metadata["license"] == "unknown" and "language" not in metadata
+
+
+def test_a_chat_card_shows_the_answers_of_the_last_evaluation_up_to_its_step(
+    tokenizer_dir, tmp_path
+):
+    final = export(tokenizer_dir, tmp_path, fine_tuned=True)
+    answers = [Answer(step, "user: hi", f"at {step}\n=== step 9", True, 2) for step in (1, 2, 3)]
+    (tmp_path / "samples.txt").write_text(format_answers(answers))
+    for step, shown in ((None, 3), (2, 2)):
+        write_card(final, tmp_path, step=step)
+        samples = (final / "README.md").read_text().split("## Samples")[1]
+        assert [number for number in (1, 2, 3) if f"at {number}" in samples] == [shown]

@@ -25,6 +25,7 @@ from mini_llm.hub import background_push
 from mini_llm.hub import push as pushing
 from mini_llm.hub.background_push import BackgroundPush
 from mini_llm.hub.export import base_generation_config
+from mini_llm.hub.model_card import from_hub
 from mini_llm.hub.push import ALLOWED, PushFailedError, check_target, find_source, push
 from mini_llm.training.arguments import PretrainArguments
 from mini_llm.training.run_folder import write_config
@@ -73,6 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder, args)
     facts = {
         "recipe": "pretrain",
+        "from_hub": from_hub(args),
         "parameters": dataclasses.asdict(count_parameters(model)),
         "world_size": 2,
         "distributed_type": "DEEPSPEED",
