@@ -253,15 +253,18 @@ def _training_rows(
         ("sequence length", args.seq_len),
         ("optimizer", f"AdamW (β {args.adam_beta1}, {args.adam_beta2}; ε {args.adam_epsilon})"),
         ("peak learning rate", args.learning_rate),
-        ("schedule", f"{args.lr_scheduler_type}, {args.warmup} steps of warmup"),
+        ("schedule", args.lr_scheduler_type),
+        ("warmup steps", args.warmup),
+        *([("decay steps", args.decay)] if args.lr_scheduler_type == "wsd" else []),
         ("learning rate at the end", f"{args.min_lr_ratio} of the peak"),
         ("weight decay", args.weight_decay),
         ("gradient clipping", args.max_grad_norm),
         ("precision", "bfloat16, fp32 master weights" if args.bf16 else "fp32"),
         ("seed", args.seed),
         ("engine", f"{engine} on {facts['world_size']} rank(s), {facts['device'].split(':')[0]}"),
-        ("expert parallel size", facts["expert_parallel_size"]),
     ]
+    if facts["expert_parallel_size"] > 1:
+        rows.append(("ranks that share a layer's experts", facts["expert_parallel_size"]))
     versions = facts["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
     return [*rows, ("versions", packages)]

@@ -281,6 +281,8 @@ def explain(error: Exception, repo_id: str) -> tuple[str, bool]:
         from_client = type(cause).__module__.split(".")[0] in ("httpx", "httpx2")
         if from_client or isinstance(cause, ConnectionError | TimeoutError):
             detail = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            if "xet-write-token" in detail and "404" in detail:
+                return f"{hub} has no Xet storage; set HF_HUB_DISABLE_XET=1", False
             return f"{hub} cannot be reached ({detail}); check the connection and HF_ENDPOINT", True
     if isinstance(error, ValueError):  # metadata or a file that the hub's client refuses
         return f"{hub} would not take it ({' '.join(str(error).split())})", False

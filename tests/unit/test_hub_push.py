@@ -260,7 +260,8 @@ def test_card_tells_of_the_run_up_to_the_step_of_the_weights(
         "| web\\|zh | 75.0% | 1,500 |",
         "| books | 25.0% | 500 |",
         "| peak learning rate | 0.0003 |",
-        "| schedule | cosine, 1 steps of warmup |",
+        "| schedule | cosine |",
+        "| warmup steps | 1 |",
         "| engine | DeepSpeed ZeRO-1 on 2 rank(s), cpu |",
         "| books | 2.5000 | 0.7500 |",
         "![loss over optimizer steps](loss.png)",
@@ -364,6 +365,21 @@ def test_a_run_folder_means_its_final_model_else_its_newest_whole_checkpoint(
     assert find_source(tmp_path).step == 10
     (tmp_path / "copy").symlink_to(run / "final")
     assert not [pattern for pattern in ALLOWED if "/" in pattern]
+
+
+def test_a_hub_without_xet_is_told_apart_from_one_that_is_not_there(
+    run: Path, server: HubUploadServer
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mini_llm.hub", "push", str(run), "--repo_id", REPO],
+        cwd=REPOSITORY,
+        env={**environment(server.url), "HF_HUB_DISABLE_XET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    sentence = f"error: {server.url} has no Xet storage; set HF_HUB_DISABLE_XET=1\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
 
 
 def background(run: Path, tmp_path: Path, **flags: Any) -> BackgroundPush:
