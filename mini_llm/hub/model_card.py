@@ -126,7 +126,7 @@ def write_card(
         metadata=_metadata(
             facts, config, chat, license or args.hub_license, language or args.hub_language
         ),
-        name=args.run_name or Path(args.output_dir).name,
+        name=Path(repo_id or args.run_name or args.output_dir).name,
         origin=(FINE_TUNED if chat else PRETRAINED).format(
             model=_short_name(args.model),
             architecture=config["architectures"][0],
@@ -274,9 +274,12 @@ def _evaluation(progress: dict[str, Any]) -> str:
     names = [k.split("/")[1] for k in progress if k.startswith("eval/") and k.endswith("/loss")]
     if not names:
         return ""
+
+    def shown(key: str) -> str:  # metrics.jsonl has null for what is not finite
+        return "not finite" if progress[key] is None else f"{progress[key]:.4f}"
+
     rows = [
-        (name, *(f"{progress[f'eval/{name}/{key}']:.4f}" for key in ("loss", "bits_per_byte")))
-        for name in names
+        (name, shown(f"eval/{name}/loss"), shown(f"eval/{name}/bits_per_byte")) for name in names
     ]
     table = _table(rows, head=("held-out part of", "loss (nats a token)", "bits per byte"))
     return f"\n## Evaluation\n\n{table}\n"

@@ -11,39 +11,44 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY_MODELS, TinyData
 from tests.launching import TINY_RUN, launch_several, series
-from tests.unit.hub_upload_server import WRITER, HubUploadServer
+from tests.unit.hub_upload_server import HANG, WRITER, HubUploadServer
 
 MODEL, REPO = "mini_deepseekv3_tiny", "owner/tiny"
 NO_HUB = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-def server() -> Iterator[HubUploadServer]:
-    hub = HubUploadServer()
-    yield hub
-    hub.close()
+def servers() -> Iterator[tuple[HubUploadServer, HubUploadServer]]:
+    """One that works and one that never answers."""
+    working, hanging = HubUploadServer(), HubUploadServer()
+    hanging.faults["create"] = [HANG] * 9
+    yield working, hanging
+    working.close()
+    hanging.close()
 
 
-def test_a_run_pushes_at_saves_and_end_and_a_dead_hub_changes_nothing_but_one_line(
-    tiny_data: TinyData, server: HubUploadServer, tmp_path: Path
+def test_a_run_pushes_at_saves_and_end_and_a_hub_that_fails_changes_nothing_but_one_line(
+    tiny_data: TinyData, servers: tuple[HubUploadServer, HubUploadServer], tmp_path: Path
 ) -> None:
+    server, hanging = servers
     flags = [*TINY_RUN, *tiny_data.flags, "--model", MODEL, "--expert_parallel_size", "2"]
-    flags += ["--model_overrides", json.dumps(TINY_MODELS[MODEL]), "--max_steps", "6"]
+    flags += ["--model_overrides", json.dumps(TINY_MODELS[MODEL]), "--max_steps", "4"]
     flags += ["--save_steps", "2", "--save_total_limit", "1"]
     pushing = ["--push_to_hub", "true", "--hub_model_id", REPO]
-    runs = {name: tmp_path / name for name in ("silent", "pushed", "dead")}
+    runs = {name: tmp_path / name for name in ("silent", "pushed", "dead", "hanging")}
     output = launch_several(
         [
             [*flags, "--output_dir", str(runs["silent"])],
             [*flags, "--output_dir", str(runs["pushed"]), *pushing],
             [*flags, "--output_dir", str(runs["dead"]), *pushing],
+            [*flags, "--output_dir", str(runs["hanging"]), *pushing, "--hub_wait_seconds", "5"],
         ],
         tmp_path / "plan.json",
         env={
             **{"HF_ENDPOINT": server.url, "HF_TOKEN": WRITER, "HF_HUB_DISABLE_XET": "1"},
             **{"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "no_proxy": "127.0.0.1"},
         },
-        env_of_runs=[{}, {}, {"HF_ENDPOINT": NO_HUB}],
+        env_of_runs=[{}, {}, {"HF_ENDPOINT": NO_HUB}, {"HF_ENDPOINT": hanging.url}],
     )
 
     # The hub has the model of a save and then the last one, which loads as it lies in final/.
@@ -64,15 +69,17 @@ def test_a_run_pushes_at_saves_and_end_and_a_dead_hub_changes_nothing_but_one_li
     assert output.count(f"to {server.url}/{REPO}/commit/") == len(messages) - 1
 
     # Nothing else differs: losses, files, and what the terminal says but for one line.
-    assert series(runs["silent"], "train/loss") == series(runs["pushed"], "train/loss")
-    assert series(runs["silent"], "train/loss") == series(runs["dead"], "train/loss")
+    losses = [series(run, "train/loss") for run in runs.values()]
+    assert len(losses[0]) == 4 and losses == [losses[0]] * 4
     said = [line for line in output.splitlines() if "--push_to_hub: " in line]
-    assert len(said) == 1, output
+    assert len(said) == 2, output
     assert f"{NO_HUB} cannot be reached (ConnectError: " in said[0]
-    assert f"python -m mini_llm.hub push {runs['dead']} --repo_id {REPO}" in said[0]
-    for run in (runs["pushed"], runs["dead"]):
+    assert f"the push to {REPO} did not end in time" in said[1] and hanging.count("create")
+    for line, name in zip(said, ("dead", "hanging"), strict=True):
+        assert line.endswith(f"python -m mini_llm.hub push {runs[name]} --repo_id {REPO}")
+    for run in list(runs.values())[1:]:
         assert sorted(os.listdir(run)) == sorted(os.listdir(runs["silent"]))
-        assert sorted(os.listdir(run / "checkpoints")) == ["step-6"]
+        assert sorted(os.listdir(run / "checkpoints")) == ["step-4"]
 
     # The token is in nothing that was written, said or sent.
     written = [path for run in runs.values() for path in run.rglob("*") if path.is_file()]

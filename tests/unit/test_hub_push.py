@@ -93,6 +93,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             **{"step": 20, "train/loss": 3.0, "train/tokens": 2000, "data/web|zh/tokens": 1500},
             **{"data/books/tokens": 500, "eval/books/loss": 2.5, "eval/books/bits_per_byte": 0.75},
+            **{"eval/web|zh/loss": None, "eval/web|zh/bits_per_byte": None},
         },
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
@@ -264,6 +265,8 @@ def test_card_tells_of_the_run_up_to_the_step_of_the_weights(
         "| warmup steps | 1 |",
         "| engine | DeepSpeed ZeRO-1 on 2 rank(s), cpu |",
         "| books | 2.5000 | 0.7500 |",
+        "| web\\|zh | not finite | not finite |",
+        "\n# tiny\n",
         "![loss over optimizer steps](loss.png)",
         f'AutoModelForCausalLM.from_pretrained("{REPO}")',
         "The weights are under `apache-2.0`.",
