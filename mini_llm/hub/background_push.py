@@ -7,6 +7,7 @@ that repeats it.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -168,10 +169,12 @@ class BackgroundPush:
         if reason in self._said:
             return
         self._said.add(reason)
-        command = " ".join(["python -m mini_llm.hub push", str(self.run), *self._flags()])
+        command = shlex.join(
+            ["python", "-m", "mini_llm.hub", "push", str(self.run), *self._flags()]
+        )
         _say(
-            f"--push_to_hub: {reason}; training goes on, and so do the pushes at later saves "
-            f"({LOG} has all of them); to repeat it: {command}"
+            f"--push_to_hub: {reason}; the run itself is not touched, and later saves are pushed "
+            f"all the same ({LOG} tells of each); to repeat it: {command}"
         )
 
     def finish(self, accelerator: Any) -> None:

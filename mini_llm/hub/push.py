@@ -94,7 +94,10 @@ def check_target(repo_id: str | None, *, flag: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"{flag}: {error}") from error
     if constants.is_offline_mode():
-        raise ValueError(f"{flag} {repo_id}: HF_HUB_OFFLINE is set, so nothing is pushed; unset it")
+        raise ValueError(
+            f"{flag} {repo_id}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be "
+            "pushed; unset it"
+        )
     if get_token() is None:
         raise ValueError(
             f"{flag} {repo_id}: there is no token for the hub; run `hf auth login`, or set "

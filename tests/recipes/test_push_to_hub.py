@@ -91,7 +91,7 @@ def test_a_push_that_cannot_be_made_is_refused_before_the_run_starts(stopped, mo
     assert "--hub_model_id is empty; give owner/name" in stopped("--push_to_hub", "true")
     named = ["--push_to_hub", "true", "--hub_model_id", REPO]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in stopped(*named)
+    assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in stopped(*named)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)

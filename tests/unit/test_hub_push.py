@@ -351,7 +351,7 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_sent(
     with pytest.raises(ValueError, match="no token for the hub; run `hf auth login`"):
         push(run, REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
         check_target(REPO, flag="--hub_model_id")
     assert not server.received
 
@@ -473,6 +473,20 @@ def test_the_end_waits_for_a_hub_that_hangs_no_longer_than_told(
     assert f"python -m mini_llm.hub push {pusher.run} --repo_id {REPO}" in text
 
 
+def test_a_refused_token_is_said_once_and_stops_nothing(
+    run: Path, server: HubUploadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in environment(server.url, token="hf_wrong").items():
+        monkeypatch.setenv(name, value)
+    pusher = background(run, tmp_path)
+    pusher.send(pusher.run / "checkpoints/step-10")
+    pusher.finish(ONE_RANK)
+    text = capsys.readouterr().out
+    assert text.count("does not accept the token (401)") == text.count("to repeat it: ") == 1
+    assert "hf_wrong" not in text + (pusher.run / "logs/push.log").read_text()
+    assert server.count("whoami") == server.count("create") == 1  # asked at the start, then tried
+
+
 def test_the_command_is_light_and_says_one_sentence_with_status_2(run: Path) -> None:
     code = (
         "import runpy, sys\n"
@@ -489,5 +503,5 @@ def test_the_command_is_light_and_says_one_sentence_with_status_2(run: Path) -> 
         timeout=120,
     )
     assert done.returncode == 2 and done.stdout == "False False\n"
-    assert done.stderr.startswith(f"error: --repo_id {REPO}: HF_HUB_OFFLINE is set")
+    assert done.stderr.startswith(f"error: --repo_id {REPO}: HF_HUB_OFFLINE or ")
     assert done.stderr.count("\n") == 1
