@@ -55,8 +55,9 @@ from mini_llm.data.quickstart import (
     build_quickstart_conversations,
     is_quickstart_data,
 )
+from mini_llm.hub.background_push import BackgroundPush
 from mini_llm.hub.export import chat_generation_config, save_final
-from mini_llm.hub.model_card import card_facts
+from mini_llm.hub.model_card import write_card
 from mini_llm.models import check_model, load_model, pretrained_folder
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
@@ -103,6 +104,7 @@ def main(args: SftArguments) -> None:
     # ---- Check: whatever can be wrong is found before anything is built --------------------------
     try:
         check_arguments(args, world_size())
+        pusher = BackgroundPush(args, rank())
         check_chat_prompts(args.sample_prompts)
         pretrained = pretrained_folder(args.model)
         args.tokenizer = args.tokenizer or str(pretrained)
@@ -391,6 +393,7 @@ def main(args: SftArguments) -> None:
                 eval_loss=mean_loss(evaluation) if evaluated_at == step else None,
             )
             log.say(f"saved {saved}")
+            pusher.send(saved)
             interruption.saved()
             throughput.restart()
         if interruption.stop_now:
@@ -406,20 +409,17 @@ def main(args: SftArguments) -> None:
     interruption.close()
     watchdog.rest("finishing")
     if step == args.max_steps:
-        card = card_facts(
-            args,
-            accelerator,
-            model,
-            tokens=tokens.total(),
-            evaluation=evaluation,
-            fine_tuned=True,
-        )
-        save_final(accelerator, model, tokenizer, output_dir / "final", card)
+        save_final(accelerator, model, tokenizer, output_dir / "final")
         if accelerator.is_main_process:
-            print(f"drew {told(draw_plots(output_dir))}")
+            plots = draw_plots(output_dir)
+            print(f"drew {told(plots)}")
             print(samples.text(), end="")
             print(f"wrote {write_report(output_dir)}")
+            # With the curve and the samples, which were not there when it was saved.
+            write_card(output_dir / "final", output_dir, picture=plots[0] if plots else None)
+            pusher.send(output_dir / "final")
             print(f"the fine-tuned model is in {output_dir / 'final'}", flush=True)
+    pusher.finish(accelerator)
     engine.leave(accelerator)
 
 

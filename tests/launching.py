@@ -94,12 +94,12 @@ def launch_several(
     env_of_runs: list[dict[str, str]] | None = None,
     script: str = "several_runs.py",
     seconds: float = 600,
-) -> None:
+) -> str:
     """Run the recipe once for every list of flags, one after the other, in one launch.
 
     ``plan`` is a file to write them to for tests/distributed/several_runs.py, which says why the
     runs are independent, or for another ``script`` there. ``env_of_runs`` has variables for each
-    run alone. Fails with the output if one of them fails.
+    run alone. Returns the output; fails with it if one of them fails.
     """
     content = [
         {"recipe": recipe, "flags": flags, "port": free_port(), "env": variables}
@@ -117,6 +117,7 @@ def launch_several(
         timeout=seconds,
     )
     assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Leaving the project: stock checkpoints and model cards."""
+"""Leaving the project: stock checkpoints, model cards and pushing them to the hub."""

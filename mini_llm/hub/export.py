@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from mini_llm.data.tokenizer import IM_END
 from mini_llm.parallel.expert_parallel import stock_state_dict
 
-from .model_card import write_model_card
+from .model_card import write_card
 
 
 def save_stock_checkpoint(
@@ -59,14 +59,12 @@ def chat_generation_config(tokenizer: Any) -> GenerationConfig:
     return config
 
 
-def save_final(
-    accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path, card: dict[str, Any]
-) -> None:
-    """``final/``: stock checkpoint and a model card of the run's facts; complete or absent."""
+def save_final(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """``final/`` in a run's folder: stock checkpoint and model card; complete or absent."""
     aside = folder.with_name(f".{folder.name}.partial")
     save_stock_checkpoint(accelerator, model, tokenizer, aside)
     if accelerator.is_main_process:
-        write_model_card(aside, card)
+        write_card(aside, folder.parent)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)

@@ -1,48 +1,87 @@
-"""The model card: facts of the run, nothing else."""
+"""The model card: facts that a run left in its folder, nothing else."""
 
-import math
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mini_llm.parallel.engine import describe
-from mini_llm.parallel.expert_parallel import expert_parallel_size
+import yaml
+
+from mini_llm.training.arguments import PretrainArguments, RunArguments, SftArguments
+
+PICTURE = "loss.png"
+SAMPLE_CHARACTERS = 4000
+UNKNOWN_LICENSE = "unknown"  # the hub's own word for it
+
+RECIPES: dict[str, type[RunArguments]] = {"pretrain": PretrainArguments, "sft": SftArguments}
+# config.json's field -> how a reader calls it; a model has those that its config has.
+CONFIG_FIELDS = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "n_routed_experts": "routed experts a layer",
+    "num_experts": "routed experts a layer",
+    "n_shared_experts": "shared experts a layer",
+    "num_experts_per_tok": "routed experts a token",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "longest input (tokens)",
+    "tie_word_embeddings": "tied embeddings",
+}
 
 CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mini-llm]
----
+{metadata}---
 
 # {name}
 
 {origin}
 
-| | |
-|---|---|
-| optimizer steps | {steps:,} |
-| tokens seen | {tokens:,} |
-| tokens per step | {global_batch_tokens:,} |
-| sequence length | {seq_len:,} |
-| vocabulary | {vocab_size:,} |
-| data (weight) | {data} |
-| peak learning rate | {learning_rate} |
-| engine | {engine} |
-{evaluation}
+## Use
+
 The checkpoint is a stock transformers one:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-{chat}```
+model = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+{example}```
+
+## Model
+
+{model}
+
+## Training data
+
+{data}
+
+## Training
+
+{training}
+{picture}{evaluation}{samples}
+## Limits
+
+It is a small model that saw {tokens:,} tokens: what it writes may be wrong, biased or without
+sense. Nobody has tested it for safety, and nothing in its training aimed at it.
+
+## Licence
+
+{licence}
 """
 
-PRETRAINED = "A `{model}` ({architecture}) of {parameters:,} parameters, pretrained with mini-llm."
+PRETRAINED = "A `{model}` ({architecture}) of {size}, pretrained with mini-llm for {steps:,} steps."
 FINE_TUNED = (
-    "A chat model ({architecture}) of {parameters:,} parameters, fine-tuned from `{model}` with "
-    "mini-llm."
+    "A chat model ({architecture}) of {size}, fine-tuned from `{model}` with mini-llm for "
+    "{steps:,} steps."
 )
+COMPLETE = """\
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(inputs["input_ids"], max_new_tokens=256)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
 CHAT = """\
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(
@@ -54,51 +93,230 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 
-def card_facts(
-    args: Any,
-    accelerator: Any,
-    model: Any,
+def write_card(
+    folder: Path,
+    run: Path,
     *,
-    tokens: int,
-    evaluation: dict[str, float],
-    fine_tuned: bool = False,
-) -> dict[str, Any]:
-    """The fields of the card, from a run's arguments, engine and results.
+    step: int | None = None,
+    picture: Path | None = None,
+    repo_id: str | None = None,
+    without_mtp: bool = False,
+    license: str = "",
+    language: str = "",
+) -> None:
+    """Write README.md of the stock checkpoint in ``folder`` from the files of its run.
 
-    ``fine_tuned``: a chat model, whose weights come from ``args.model``.
+    ``step``: the weights are those of that optimizer step (None: of the run's last). ``picture``
+    is copied beside it and shown. ``repo_id`` is where it will be loaded from. ``license`` and
+    ``language`` replace those of the run. Raises ValueError, naming the file, where the run's
+    folder does not say what a card needs.
     """
-    unwrapped = accelerator.unwrap_model(model)
-    size = expert_parallel_size(unwrapped)
-    parameters = 0
-    for parameter in unwrapped.parameters():
-        whole = math.prod(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 splits them
-        parameters += whole * (1 if getattr(parameter, "allreduce", True) else size)
-    return {
-        "name": args.run_name or Path(args.output_dir).name,
-        "model": args.model,
-        "fine_tuned": fine_tuned,
-        "architecture": unwrapped.stock_architecture,
-        "parameters": parameters,
-        "steps": args.max_steps,
-        "tokens": tokens,
-        "global_batch_tokens": args.global_batch_tokens,
-        "seq_len": args.seq_len,
-        "vocab_size": unwrapped.config.vocab_size,
-        "data": ", ".join(f"{name} ({s.get('weight', 1)})" for name, s in args.data.items()),
-        "learning_rate": args.learning_rate,
-        "engine": describe(accelerator, model),
-        "evaluation": evaluation,
-    }
+    facts = _read_run(run)
+    args: RunArguments = facts["args"]
+    config = json.loads((folder / "config.json").read_text())
+    steps = [line for line in facts["metrics"] if step is None or line["step"] <= step]
+    progress = {key: value for line in steps for key, value in line.items()}  # newest of each
+    tokens = int(progress.get("train/tokens") or 0)
+    parameters = dict(facts["parameters"])
+    if without_mtp:
+        parameters["total"] -= parameters["mtp"]
+        parameters["mtp"] = 0
+    chat = facts["recipe"] == "sft"
+    text = CARD.format(
+        metadata=_metadata(
+            facts, config, chat, license or args.hub_license, language or args.hub_language
+        ),
+        name=Path(repo_id or args.run_name or args.output_dir).name,
+        origin=(FINE_TUNED if chat else PRETRAINED).format(
+            model=_short_name(args.model),
+            architecture=config["architectures"][0],
+            size=_size(parameters),
+            steps=progress.get("step", 0),
+        ),
+        where=repo_id or "path/to/this/folder",
+        example=CHAT if chat else COMPLETE,
+        model=_table(_model_rows(config, parameters)),
+        data=_data_table(args, progress),
+        training=_table(_training_rows(args, facts, progress)),
+        picture=f"\n![loss over optimizer steps]({PICTURE})\n" if picture else "",
+        evaluation=_evaluation(progress),
+        samples=_samples(run, step, chat),
+        tokens=tokens,
+        licence=_licence(license or args.hub_license, chat),
+    )
+    if picture is not None:
+        shutil.copyfile(picture, folder / PICTURE)
+    aside = folder / ".README.md.partial"
+    aside.write_text(text)
+    os.replace(aside, folder / "README.md")
 
 
-def write_model_card(folder: Path, run: dict[str, Any]) -> None:
-    """Write README.md from ``run``: the card's fields, ``evaluation`` being a mapping."""
-    rows = [f"| {name} | {value:.4f} |" for name, value in run["evaluation"].items()]
-    fine_tuned = run["fine_tuned"]
-    filled = {
-        "origin": (FINE_TUNED if fine_tuned else PRETRAINED).format(**run),
-        "chat": CHAT if fine_tuned else "",
-        "evaluation": "\n".join(rows) + "\n" if rows else "",
-    }
-    text = CARD.format(**{**run, **filled})
-    (folder / "README.md").write_text(text)
+def from_hub(args: RunArguments) -> dict[str, Any]:
+    """The hub ids among a run's ``model`` and data sets, to be asked where the run runs.
+
+    Elsewhere a relative path, such as data/packed, looks like an id.
+    """
+    found = []
+    for source in args.data.values():
+        paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
+        for path in map(str, paths):
+            in_hub = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", path)
+            if in_hub:
+                found.append(in_hub[1])
+            elif _is_hub_id(path):
+                found.append(path)
+    model = args.model if _is_hub_id(args.model) else None
+    return {"model": model, "datasets": sorted(set(found))}
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _read_run(run: Path) -> dict[str, Any]:
+    """The facts of run.json with ``args`` (config.yaml) and ``metrics`` (metrics.jsonl) added."""
+    facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+    missing = [key for key in ("recipe", "parameters", "from_hub") if key not in facts]
+    if missing:
+        raise ValueError(
+            f"{run / 'run.json'} says nothing of {missing[0]}: an earlier version of mini-llm "
+            "wrote it; copy final/ out of the run's folder and give the copy, whose README.md stays"
+        )
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # one is being written
+    return facts | {"args": RECIPES[facts["recipe"]](**settings), "metrics": metrics}
+
+
+def _metadata(
+    facts: dict[str, Any], config: dict[str, Any], chat: bool, license: str, language: str
+) -> str:
+    """The front matter that the hub reads."""
+    fields: dict[str, Any] = {"license": license}
+    languages = [code.strip() for code in language.split(",") if code.strip()]
+    if languages:
+        fields["language"] = languages
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields["tags"] = ["mini-llm", config["model_type"], "conversational" if chat else "pretraining"]
+    if facts["from_hub"]["datasets"]:
+        fields["datasets"] = facts["from_hub"]["datasets"]
+    if facts["from_hub"]["model"]:
+        fields["base_model"] = facts["from_hub"]["model"]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _short_name(model: str) -> str:
+    """A preset or hub id as it is; of a path the end, for the rest is its owner's business."""
+    return "/".join(Path(model).parts[-2:])
+
+
+def _size(parameters: dict[str, int]) -> str:
+    if parameters["active"] == parameters["total"]:
+        return f"{parameters['total']:,} parameters"
+    return f"{parameters['total']:,} parameters ({parameters['active']:,} active)"
+
+
+def _model_rows(config: dict[str, Any], parameters: dict[str, int]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = [("architecture", config["architectures"][0])]
+    rows += [("parameters", parameters["total"])]
+    if parameters["active"] != parameters["total"]:
+        rows += [("active parameters a token", parameters["active"])]
+    if parameters["mtp"]:
+        rows += [("of them for multi-token prediction", parameters["mtp"])]
+    fields = ((name, config.get(field)) for field, name in CONFIG_FIELDS.items())
+    return rows + [(name, value) for name, value in fields if value is not None]
+
+
+def _data_table(args: RunArguments, progress: dict[str, Any]) -> str:
+    weights = {name: float(source.get("weight", 1)) for name, source in args.data.items()}
+    rows = [
+        (
+            name,
+            f"{weight / sum(weights.values()):.1%}",
+            int(progress.get(f"data/{name}/tokens") or 0),
+        )
+        for name, weight in weights.items()
+    ]
+    return _table(rows, head=("source", "share of the rows", "tokens seen"))
+
+
+def _training_rows(
+    args: RunArguments, facts: dict[str, Any], progress: dict[str, Any]
+) -> list[tuple[str, Any]]:
+    zero = facts["zero_stage"]
+    engine = facts["distributed_type"] if zero is None else f"DeepSpeed ZeRO-{zero}"
+    rows: list[tuple[str, Any]] = [
+        ("optimizer steps", progress.get("step", 0)),
+        ("… of the schedule", args.max_steps),
+        ("tokens seen", int(progress.get("train/tokens") or 0)),
+        ("tokens a step", args.global_batch_tokens),
+        ("sequence length", args.seq_len),
+        ("optimizer", f"AdamW (β {args.adam_beta1}, {args.adam_beta2}; ε {args.adam_epsilon})"),
+        ("peak learning rate", args.learning_rate),
+        ("schedule", args.lr_scheduler_type),
+        ("warmup steps", args.warmup),
+        *([("decay steps", args.decay)] if args.lr_scheduler_type == "wsd" else []),
+        ("learning rate at the end", f"{args.min_lr_ratio} of the peak"),
+        ("weight decay", args.weight_decay),
+        ("gradient clipping", args.max_grad_norm),
+        ("precision", "bfloat16, fp32 master weights" if args.bf16 else "fp32"),
+        ("seed", args.seed),
+        ("engine", f"{engine} on {facts['world_size']} rank(s), {facts['device'].split(':')[0]}"),
+    ]
+    if facts["expert_parallel_size"] > 1:
+        rows.append(("ranks that share a layer's experts", facts["expert_parallel_size"]))
+    versions = facts["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return [*rows, ("versions", packages)]
+
+
+def _evaluation(progress: dict[str, Any]) -> str:
+    names = [k.split("/")[1] for k in progress if k.startswith("eval/") and k.endswith("/loss")]
+    if not names:
+        return ""
+
+    def shown(key: str) -> str:  # metrics.jsonl has null for what is not finite
+        return "not finite" if progress[key] is None else f"{progress[key]:.4f}"
+
+    rows = [
+        (name, shown(f"eval/{name}/loss"), shown(f"eval/{name}/bits_per_byte")) for name in names
+    ]
+    table = _table(rows, head=("held-out part of", "loss (nats a token)", "bits per byte"))
+    return f"\n## Evaluation\n\n{table}\n"
+
+
+def _samples(run: Path, step: int | None, chat: bool) -> str:
+    """What the model wrote, in a fence that no text can close; "" where nothing is known."""
+    path = run / "samples.txt"
+    if not path.is_file() or (step is not None and not chat):  # completions belong to final/
+        return ""
+    text = path.read_bytes().decode(errors="replace")
+    if chat:  # answers of every evaluation: those of the last one up to this step
+        blocks = re.split(r"^(?==== step \d)", text, flags=re.MULTILINE)
+        numbered = [(int(found[1]), b) for b in blocks if (found := re.match(r"=== step (\d+)", b))]
+        text = next((b for n, b in reversed(numbered) if step is None or n <= step), "")
+    if not text:
+        return ""
+    text = re.sub(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f]", "�", text)
+    if len(text) > SAMPLE_CHARACTERS:
+        text = f"{text[:SAMPLE_CHARACTERS]} …"
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"\n## Samples\n\n{fence}text\n{text.rstrip()}\n{fence}\n"
+
+
+def _licence(license: str, chat: bool) -> str:
+    if license == UNKNOWN_LICENSE:
+        return "Whoever trained this model has named no licence for its weights."
+    base = " The model that it was fine-tuned from may add conditions of its own." if chat else ""
+    return f"The weights are under `{license}`.{base}"
+
+
+def _table(rows: Iterable[tuple[Any, ...]], head: tuple[str, ...] = ("", "")) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)

@@ -11,7 +11,7 @@ from .experts import HEAT_MAPS, draw_expert_balance, draw_heat_map
 from .runs import Run, read_run
 from .style import PLOTS
 
-__all__ = ["draw_comparison", "draw_plots", "draw_run", "told"]
+__all__ = ["draw_comparison", "draw_loss", "draw_plots", "draw_run", "told"]
 
 
 def draw_plots(run: Path) -> list[Path]:
@@ -29,6 +29,11 @@ def draw_run(run: Run) -> list[Path]:
     drawn += [draw_tokens_by_source(run, folder), draw_expert_balance([run], folder)]
     drawn += [draw_heat_map(kind, run, folder) for kind in HEAT_MAPS]
     return [path for path in drawn if path is not None]
+
+
+def draw_loss(run: Path, folder: Path) -> Path | None:
+    """Draw only the losses of a run folder, to ``folder/loss.png``; None where it has none."""
+    return draw_curves(PICTURES[0], [read_run(run)], folder)
 
 
 def draw_comparison(runs: Sequence[Run], folder: Path) -> list[Path]:

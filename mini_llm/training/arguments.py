@@ -120,6 +120,21 @@ class RunArguments:
     )
     save_minutes: float = _arg("minutes between checkpoints, besides save_steps (0: never)", 0.0)
     max_hours: float | None = _arg("save and leave after this time; the same command goes on", None)
+    # Sharing: a push goes on beside training, which it neither stops nor waits for
+    push_to_hub: bool = _arg(
+        "push the model to the Hugging Face hub at every save and at the end; the token comes from "
+        "HF_TOKEN or `hf auth login`",
+        False,
+    )
+    hub_model_id: str | None = _arg("where to: owner/name, made if it is not there", None)
+    hub_private: bool = _arg("a repository that --push_to_hub makes is private", True)
+    hub_wait_seconds: int = _arg(
+        "how long the end of a run waits for the last push; afterwards it can be repeated", 600
+    )
+    hub_license: str = _arg(
+        "licence of the weights, for the model card: an id of the hub", "unknown"
+    )
+    hub_language: str = _arg("languages of the data, for the model card, e.g. zh,en", "")
     # Looking without running
     dry_run: bool = _arg("print the resolved config, sizes and two decoded rows, then exit", False)
 
@@ -382,7 +397,13 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     not_negative = ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm")
-    for name in (*not_negative, "milestone_steps", "save_minutes", "max_loss_jump"):
+    for name in (
+        *not_negative,
+        "milestone_steps",
+        "save_minutes",
+        "max_loss_jump",
+        "hub_wait_seconds",
+    ):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
     size = args.expert_parallel_size

@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from mini_llm.data.tokenizer import tokenizer_fingerprint
+from mini_llm.hub.model_card import from_hub
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.engine import offload, zero_stage
 from mini_llm.parallel.expert_parallel import expert_groups
 
-from .arguments import RunArguments
+from .arguments import RunArguments, SftArguments
 from .optimizer import describe_optimizer
 from .sizes import ParameterCounts
 
@@ -143,6 +144,8 @@ def write_run_facts(
         return
     unwrapped = accelerator.unwrap_model(model)
     facts = {
+        "recipe": "sft" if isinstance(args, SftArguments) else "pretrain",
+        "from_hub": from_hub(args),
         "parameters": dataclasses.asdict(parameters),
         "world_size": accelerator.num_processes,
         "hosts": hosts,  # of each rank

@@ -99,7 +99,10 @@ def test_a_run_leaves_a_chat_model_that_plain_transformers_opens(
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
     card = (final / "README.md").read_text()
-    assert f"fine-tuned from `{tiny_conversations.models[LLAMA]}`" in card
+    start = tiny_conversations.models[LLAMA]
+    assert f"fine-tuned from `{start.parent.name}/{start.name}` with mini-llm for " in card
+    assert str(start.parent) not in card  # a path of this machine says nothing elsewhere
+    assert "![loss over optimizer steps](loss.png)" in card and (final / "loss.png").is_file()
     assert "apply_chat_template" in card
 
 
