@@ -104,6 +104,9 @@ def draw_heat_map(kind: HeatMap, run: Run, folder: Path) -> Path | None:
     for key, layer in keys_like(run.steps, kind.key).items():
         logged = [(m["step"], m[key]) for m in run.steps if m.get(key)]
         if logged:
+            # Ranks may have become more or fewer on the way; as many as there are at the end.
+            width = len(logged[-1][1])
+            logged = [(step, load) for step, load in logged if len(load) == width]
             layers[layer] = ([step for step, _ in logged], np.array([load for _, load in logged]))
     if not layers:
         return None

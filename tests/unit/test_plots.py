@@ -135,6 +135,15 @@ def test_a_run_gets_the_pictures_of_its_metrics_and_no_others(tmp_path):
     assert names(draw_plots(evaluated)) == {"loss", "bits_per_byte"}
 
 
+def test_a_run_that_went_on_with_more_ranks_a_group_has_a_heat_map_of_the_last_ones(tmp_path):
+    loads = [[3, 1], [2, 2], [4, 2, 1, 1], [2, 2, 2, 2]]
+    steps = [logged(n, moe__layer_1__rank_load=load) for n, load in enumerate(loads, start=1)]
+    moved = write_run(tmp_path / "moved", steps)
+    last = write_run(tmp_path / "last", steps[2:])
+    pictures = [next(p for p in draw_plots(r) if p.stem == "rank_load") for r in (moved, last)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
 def test_pictures_are_as_wide_as_a_page_and_the_same_each_time(tmp_path):
     run = write_run(tmp_path / "run", [with_experts(step, [[3, 1]] * 9) for step in range(1, 9)])
     drawn = draw_plots(run)
