@@ -81,6 +81,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_2_then_1_then_4_ranks_continue_an_expert_model_as_the_uninterrupted_run(
     reference_of, tiny_data, tmp_path
 ):

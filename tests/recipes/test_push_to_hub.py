@@ -27,6 +27,7 @@ def servers() -> Iterator[tuple[HubUploadServer, HubUploadServer]]:
     hanging.close()
 
 
+@pytest.mark.slow
 def test_a_run_pushes_at_saves_and_end_and_a_hub_that_fails_changes_nothing_but_one_line(
     tiny_data: TinyData, servers: tuple[HubUploadServer, HubUploadServer], tmp_path: Path
 ) -> None:

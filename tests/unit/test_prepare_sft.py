@@ -206,6 +206,7 @@ def test_attention_mask_keeps_conversations_apart() -> None:
     assert mask.astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.slow
 def test_same_bytes_again_with_more_processes_and_other_parts_of_work(
     prepared: tuple[Path, SftManifest],
     source: Path,
