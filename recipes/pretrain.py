@@ -53,7 +53,7 @@ from mini_llm.hub.model_card import write_card
 from mini_llm.models import build_model, check_model, is_checkpoint, load_model
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
-from mini_llm.parallel.compile import compile_layers
+from mini_llm.parallel.compile import compile_layers, wants_compile
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
@@ -180,7 +180,7 @@ def main(args: PretrainArguments) -> None:
     model.generation_config = base_generation_config(tokenizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.torch_compile:
+    if wants_compile(args.torch_compile, accelerator.device, args.expert_parallel_size):
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:

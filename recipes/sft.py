@@ -61,7 +61,7 @@ from mini_llm.hub.model_card import write_card
 from mini_llm.models import check_model, load_model, pretrained_folder
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
-from mini_llm.parallel.compile import compile_layers
+from mini_llm.parallel.compile import compile_layers, wants_compile
 from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load_engine_state
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
@@ -187,7 +187,7 @@ def main(args: SftArguments) -> None:
     forward_options = mtp_options(model, weight=args.mtp_loss_weight)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.torch_compile:
+    if wants_compile(args.torch_compile, accelerator.device, args.expert_parallel_size):
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:

@@ -100,15 +100,22 @@ def mixing_flops_per_token(config: "PreTrainedConfig", seq_len: int) -> float:
     return flops
 
 
-def kernels_in_use(config: "PreTrainedConfig", *, half_precision: bool) -> dict[str, str]:
+def kernels_in_use(
+    config: "PreTrainedConfig", *, device_type: str, half_precision: bool
+) -> dict[str, str]:
     """What computes the parts that have a choice, e.g. ``{"delta_rule": "fla"}``."""
     architecture = import_module(ARCHITECTURES[config.model_type])
     own: dict[str, str] = {}
     if hasattr(architecture, "kernels_in_use"):
         own = architecture.kernels_in_use(half_precision=half_precision)
+    on_gpu = device_type == "cuda"
+    packed = ""
+    if config._attn_implementation == "sdpa":
+        on_cpu = "one call a document" if device_type == "cpu" else "block-diagonal mask"
+        packed = f" (packed rows: {'varlen_attn' if on_gpu and half_precision else on_cpu})"
     return {
-        "attention": str(config._attn_implementation),
-        "loss": "chunked linear cross-entropy",
+        "attention": f"{config._attn_implementation}{packed}",
+        "loss": f"chunked linear cross-entropy{', compiled' if on_gpu else ''}",
         **own,
     }
 

@@ -9,9 +9,32 @@ would make a graph anew for other documents or unroll a loop over the row says s
 
 import os
 import shutil
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+
+
+def wants_compile(
+    torch_compile: bool | None, device: torch.device, expert_parallel_size: int
+) -> bool:
+    """``--torch_compile``, or without it whether compiling pays: on a GPU, experts not spread."""
+    if torch_compile is None:
+        return device.type == "cuda" and expert_parallel_size == 1
+    return torch_compile
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Inside, what was compiled runs as it is written.
+
+    For passes of other shapes than training's (evaluation, samples): each would be compiled anew.
+    """
+    return torch.compiler.set_stance("force_eager")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether :func:`compile_layers` was here."""
+    return all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:

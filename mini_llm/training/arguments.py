@@ -86,8 +86,10 @@ class RunArguments:
     # Precision and engine
     bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
-    torch_compile: bool = _arg(
-        "compile every decoder layer with torch.compile (on a CPU this needs a C++ compiler)", False
+    torch_compile: bool | None = _arg(
+        "compile every decoder layer with torch.compile; on a CPU this needs a C++ compiler "
+        "(default: on a GPU, unless experts are spread)",
+        None,
     )
     expert_parallel_size: int = _arg(
         "ranks over which every layer's experts are spread (1: each rank has all)", 1

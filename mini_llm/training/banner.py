@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from mini_llm.data.stream import HeldOut
 from mini_llm.models import kernels_in_use
+from mini_llm.parallel.compile import is_compiled
 from mini_llm.parallel.engine import describe
 from mini_llm.parallel.expert_parallel import describe_groups
 from mini_llm.parallel.hang_report import ranks_in_words
@@ -37,7 +38,9 @@ def print_banner(
     """
     accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
     config = accelerator.unwrap_model(model).config
-    kernels = kernels_in_use(config, half_precision=args.bf16)
+    kernels = kernels_in_use(config, device_type=accelerator.device.type, half_precision=args.bf16)
+    if is_compiled(accelerator.unwrap_model(model)):
+        kernels["layers"] = "torch.compile"
     begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
     lines = {
         "ranks": describe_hosts(hosts),

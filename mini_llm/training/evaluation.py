@@ -11,6 +11,7 @@ from torch import nn
 
 from mini_llm.data.collate import IGNORE_INDEX, collate
 from mini_llm.data.stream import HeldOut, Row
+from mini_llm.parallel.compile import eagerly
 from mini_llm.parallel.watchdog import beat
 
 from .arguments import RunArguments
@@ -76,14 +77,15 @@ def evaluate(
             beat("evaluation")
             batch = collate(batch_rows, accelerator.device)
             labels = batch["labels"]
-            loss_sum = model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                labels=labels,
-                num_items_in_batch=1,
-                use_cache=False,
-                skip_logits=True,
-            ).loss
+            with eagerly():
+                loss_sum = model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    labels=labels,
+                    num_items_in_batch=1,
+                    use_cache=False,
+                    skip_logits=True,
+                ).loss
             targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
             totals += torch.stack(
                 (loss_sum.double(), totals.new_tensor(targets.numel()), bytes_of[targets].sum())

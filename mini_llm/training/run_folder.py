@@ -14,6 +14,7 @@ import yaml
 from mini_llm.data.tokenizer import tokenizer_fingerprint
 from mini_llm.hub.model_card import from_hub
 from mini_llm.models import kernels_in_use
+from mini_llm.parallel.compile import is_compiled
 from mini_llm.parallel.engine import offload, zero_stage
 from mini_llm.parallel.expert_parallel import expert_groups
 
@@ -161,7 +162,12 @@ def write_run_facts(
         "bytes_per_rank": {kind: [rank[kind] for rank in per_rank] for kind in sorted(held)},
         "versions": versions(),
         "kernels": {
-            **kernels_in_use(unwrapped.config, half_precision=args.bf16),
+            **kernels_in_use(
+                unwrapped.config,
+                device_type=accelerator.device.type,
+                half_precision=args.bf16,
+            ),
+            "layers": "torch.compile" if is_compiled(unwrapped) else "eager",
             "optimizer": describe_optimizer(optimizer),
         },
         "data_fingerprint": identity["data_fingerprint"],

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mini_llm import build_model
-from mini_llm.parallel.compile import compile_layers, decoder_layers
+from mini_llm.parallel.compile import compile_layers, decoder_layers, eagerly, wants_compile
 
 CPU = torch.device("cpu")
 
@@ -86,3 +86,39 @@ def test_compiled_layers_of_packed_rows_give_the_loss_and_gradients_of_eager_one
         for ours, theirs in zip(loss_and_gradients(batch), expected, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert counters["stats"]["unique_graphs"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expert_parallel_size", "compiled"),
+    [
+        (None, "cuda", 1, True),
+        (None, "cuda", 2, False),  # a compiled layer cannot spread its experts
+        (None, "cpu", 1, False),  # little to win there
+        (True, "cpu", 1, True),
+        (False, "cuda", 1, False),
+    ],
+)
+def test_layers_are_compiled_where_it_pays_unless_the_run_says_otherwise(
+    asked, device, expert_parallel_size, compiled
+):
+    assert wants_compile(asked, torch.device(device), expert_parallel_size) is compiled
+
+
+def test_evaluation_of_another_shape_runs_compiled_layers_as_they_are_written():
+    model = build_model("mini_llama3_tiny", num_hidden_layers=1, vocab_size=64)
+    runs = []
+
+    def backend(graph, inputs):
+        runs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in decoder_layers(model):
+        layer.compile(backend=backend)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
+        compiled = len(runs)
+        with eagerly():
+            model(input_ids=torch.ones(2, 5, dtype=torch.long), use_cache=False)
+    assert compiled > 0
+    assert len(runs) == compiled
