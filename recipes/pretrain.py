@@ -287,6 +287,7 @@ def main(args: PretrainArguments) -> None:
                 outputs = model(
                     input_ids=batch["input_ids"],
                     position_ids=batch["position_ids"],
+                    documents=batch["documents"],
                     labels=batch["labels"],
                     num_items_in_batch=sums[0],
                     use_cache=False,

@@ -10,6 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from mini_llm.models.common.documents import Documents
+
     from .packed_stream import Row
 
 IGNORE_INDEX = -100
@@ -22,6 +24,7 @@ class Batch(TypedDict):
     position_ids: torch.Tensor
     labels: torch.Tensor
     cu_seq_lens: torch.Tensor
+    documents: Documents
     num_target_tokens: int
 
 
@@ -35,11 +38,15 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
       and where a row has a `loss_mask` that is False.
     - `cu_seq_lens` [segments + 1] int32, always on the host: segment boundaries in the flattened
       [B·T] tokens, from 0 to B·T. A segment is a document, or the padding at the end of a row.
+    - `documents`: those that a model finds in `position_ids`, each place of padding being one;
+      given them, it need not ask the device.
     - `num_target_tokens`: labels that are not -100.
 
     Raises ValueError when there are no rows or a row's documents are longer than the row.
     """
     import torch
+
+    from mini_llm.models.common.documents import Documents
 
     if not rows:
         raise ValueError("collate needs at least one row")
@@ -72,6 +79,8 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     boundaries = np.concatenate([starts, row_ends[padding > 0], [num_rows * seq_len]])
     cu_seq_lens = np.unique(np.append(boundaries, 0)).astype(np.int32)
 
+    document_lengths = np.diff(np.flatnonzero(position_ids == 0), append=num_rows * seq_len)
+
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.reshape(num_rows, seq_len)).to(device, non_blocking=True)
 
@@ -80,6 +89,7 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
         position_ids=tensor(position_ids),
         labels=tensor(labels),
         cu_seq_lens=torch.from_numpy(cu_seq_lens),
+        documents=Documents(tuple(document_lengths.tolist())),
         num_target_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 

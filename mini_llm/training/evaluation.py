@@ -81,6 +81,7 @@ def evaluate(
                 loss_sum = model(
                     input_ids=batch["input_ids"],
                     position_ids=batch["position_ids"],
+                    documents=batch["documents"],
                     labels=labels,
                     num_items_in_batch=1,
                     use_cache=False,

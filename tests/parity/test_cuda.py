@@ -12,6 +12,20 @@ from mini_llm.parallel.compile import compile_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
+
+@pytest.fixture(autouse=True)
+def one_configuration_a_triton_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Tuning flash-linear-attention's kernels takes minutes, and what they compute is the same."""
+    from triton.runtime.autotuner import Autotuner
+
+    choose = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda *args: choose(*args)[:1])
+    # Else later runs would find the untuned choice in the cache.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+
+
 MODELS = ["mini_llama3_tiny", "mini_deepseekv3_tiny", "mini_qwen3_next_tiny"]
 LENGTHS = [[100, 1, 60, 95], [3, 200, 53], [256]]  # documents of three rows of 256 tokens
 

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from mini_llm import build_model, list_models, load_model
+from mini_llm.data.collate import collate
 from tests.parity.operators import Operators
 
 TINY = [name for name in list_models() if name.endswith("_tiny")]
@@ -200,3 +202,24 @@ def test_a_training_step_of_mini_llama3_dispatches_few_operators():
             model(tokens, position_ids=positions, labels=tokens, use_cache=False).loss.backward()
         assert count.operators.total() <= limit
         assert count.synchronisations.total() <= 1, count.synchronisations
+
+
+@pytest.mark.parametrize("name", ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"])
+def test_a_training_step_that_is_given_its_documents_never_waits_for_the_device(name):
+    model = build_model(f"{name}_tiny", vocab_size=512).train()
+    rows = [
+        {"input_ids": np.arange(64), "doc_lens": np.array(lengths), "source": "made up"}
+        for lengths in ([20, 30, 5], [64])
+    ]
+    batch = collate(rows)
+    tensors = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "documents")}
+    losses = []
+    for given in (tensors, {**tensors, "documents": None}):
+        with Operators() as count:
+            output = model(**given, use_cache=False)
+            output.loss.backward()
+        losses.append((output.loss.item(), count.synchronisations.total()))
+    (loss, waits), (found_loss, found_waits) = losses
+    assert loss == found_loss
+    assert waits == 0
+    assert found_waits > 0

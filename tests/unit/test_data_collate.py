@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mini_llm.data.collate import IGNORE_INDEX, collate
 from mini_llm.data.stream import Row
+from mini_llm.models.common.documents import find_documents
 
 
 def make_row(seq_len: int, doc_lens: list[int], first_id: int = 1) -> Row:
@@ -61,6 +62,9 @@ def test_collate_equals_the_slow_loop(data: st.DataObject, seq_len: int, num_row
     assert batch["position_ids"].tolist() == positions
     assert batch["labels"].tolist() == labels
     assert batch["cu_seq_lens"].tolist() == boundaries
+    found = find_documents(batch["position_ids"], num_rows)  # None where each row is one
+    assert (found or batch["documents"]).lengths == batch["documents"].lengths
+    assert (found is None) == (len(batch["documents"].lengths) == num_rows)
     assert batch["num_target_tokens"] == sum(x != IGNORE_INDEX for row in labels for x in row)
 
 

@@ -143,16 +143,19 @@ def prepare_attention(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
+    documents: Documents | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Once a forward: (mask for every layer, keyword arguments for :func:`attend`).
 
     A packed row keeps its documents apart by the cheapest means that the implementation has: fused
     calls a document (sdpa on the CPU), variable-length kernels (sdpa on a GPU in half precision,
     flash attention), or a block-diagonal mask (the rest). ``position_ids`` None means one document
-    a row. The keyword arguments stand above a caller's own boundaries (transformers' flattening
-    collator gives some).
+    a row; ``documents`` are those in ``position_ids``, from who knows them. The keyword arguments
+    stand above a caller's own boundaries (transformers' flattening collator gives some).
     """
-    documents = packed_documents(inputs_embeds, attention_mask, position_ids, past_key_values)
+    documents = packed_documents(
+        inputs_embeds, attention_mask, position_ids, past_key_values, documents
+    )
     return prepare_attention_within(
         documents, config, inputs_embeds, attention_mask, position_ids, past_key_values
     )
@@ -163,13 +166,20 @@ def packed_documents(
     attention_mask: Any,
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
+    documents: Documents | None = None,
 ) -> Documents | None:
-    """The documents of packed rows, or None where every row is one document."""
+    """The documents of packed rows, or None where every row is one document.
+
+    ``documents`` None: they are looked for in ``position_ids``, for which the host waits.
+    """
     # get_seq_length() is an int for dynamic caches and a tensor for static ones; both compare.
     nothing_cached = past_key_values is None or past_key_values.get_seq_length() == 0
     if position_ids is None or attention_mask is not None or not nothing_cached:
         return None
-    return find_documents(position_ids, inputs_embeds.shape[0])
+    num_rows = inputs_embeds.shape[0]
+    if documents is None:
+        return find_documents(position_ids, num_rows)
+    return documents if len(documents.lengths) > num_rows else None
 
 
 def prepare_attention_within(
@@ -196,10 +206,14 @@ def prepare_attention_within(
     if implementation == "sdpa" and inputs_embeds.device.type == "cpu":
         return None, {"documents": documents}
     if implementation == "sdpa" and has_varlen_kernel(config, inputs_embeds):
-        return None, {"cu_seq_lens": documents.cu_seq_lens(inputs_embeds.device)}
+        return None, {
+            "documents": None,
+            "cu_seq_lens": documents.cu_seq_lens(inputs_embeds.device),
+        }
     if "flash" in implementation:
         boundaries = documents.cu_seq_lens(inputs_embeds.device)
         return None, {
+            "documents": None,
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": documents.max_length,
@@ -213,7 +227,7 @@ def prepare_attention_within(
         past_key_values=None,
         position_ids=position_ids,
     )
-    return mask, {}
+    return mask, {"documents": None}
 
 
 def attend(

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..common.attention import attend, prepare_attention
 from ..common.base import MiniPreTrainedModel
 from ..common.causal_lm import CausalLM
+from ..common.documents import Documents
 from ..common.experts import (
     Experts,
     ExpertsModelMixin,
@@ -478,19 +479,21 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> DeepseekV3ModelOutput:
         """Tokens (B, T) -> last_hidden_state (B, T, D).
 
         ``position_ids`` (B, T) that restart at 0, without an ``attention_mask``, are a packed row:
-        its documents do not see each other. In training the experts' load is counted, and
+        its documents do not see each other. ``documents`` are those, from who knows them already:
+        finding them makes the host wait. In training the experts' load is counted, and
         ``balance_loss`` is there.
         """
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, attention_kwargs = prepare_attention(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, documents
         )
         real = self.real_tokens(inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
@@ -519,6 +522,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """One (h, answers, balance_loss) for each MTP depth k = 1, 2, … (V3 eq. 21–22).
@@ -531,7 +535,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
         """
         B, T, _ = inputs_embeds.shape
         mask, attention_kwargs = prepare_attention(
-            self.config, inputs_embeds, attention_mask, position_ids, None
+            self.config, inputs_embeds, attention_mask, position_ids, None, documents
         )
         real = self.real_tokens(inputs_embeds, attention_mask, position_ids)
         if position_ids is None:

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..common.attention import attend, prepare_attention
 from ..common.base import MiniPreTrainedModel
 from ..common.causal_lm import CausalLM
+from ..common.documents import Documents
 from ..common.mlp import SwiGLU
 from ..common.norm import RMSNorm
 from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
@@ -129,18 +130,20 @@ class MiniLlama3Model(MiniLlama3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Tokens (B, T) -> last_hidden_state (B, T, D).
 
         ``position_ids`` (B, T) that restart at 0, without an ``attention_mask``, are a packed row:
-        its documents do not see each other.
+        its documents do not see each other. ``documents`` are those, from who knows them already:
+        finding them makes the host wait.
         """
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, attention_kwargs = prepare_attention(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, documents
         )
         if position_ids is None:
             position_ids = positions_after(inputs_embeds, past_key_values)

@@ -26,7 +26,7 @@ from ..common.attention import attend, packed_documents, prepare_attention_withi
 from ..common.base import MiniPreTrainedModel
 from ..common.causal_lm import CausalLM
 from ..common.delta_net import Boundaries, delta_rule, find_kernels, short_convolution
-from ..common.documents import document_ids
+from ..common.documents import Documents, document_ids
 from ..common.experts import (
     Experts,
     ExpertsModelMixin,
@@ -362,12 +362,14 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> MiniQwen3NextModelOutput:
         """Tokens (B, T) -> last_hidden_state (B, T, D).
 
         ``position_ids`` (B, T) that restart at 0, without an ``attention_mask``, are a packed row:
-        its documents do not see each other. ``attention_mask`` (B, S) marks padding with 0; a dict
+        its documents do not see each other. ``documents`` are those, from who knows them already:
+        finding them makes the host wait. ``attention_mask`` (B, S) marks padding with 0; a dict
         of one mask a layer type (what ``generate`` makes for static caches) is used as it is. In
         training the experts' load is counted, and ``balance_loss`` is there.
         """
@@ -385,7 +387,9 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
             if self.training:
                 real = real_tokens(attention_mask, position_ids, B)
 
-        documents = packed_documents(inputs_embeds, attention_mask, position_ids, past_key_values)
+        documents = packed_documents(
+            inputs_embeds, attention_mask, position_ids, past_key_values, documents
+        )
         mask, attention_kwargs = prepare_attention_within(
             documents, self.config, inputs_embeds, attention_mask, position_ids, past_key_values
         )
