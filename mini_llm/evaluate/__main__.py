@@ -128,17 +128,13 @@ def evaluate(flags: Flags) -> tuple[Results, Path, Checkpoint]:
 
     # ---- Held-out text, then tasks ---------------------------------------------------------------
     if text is not None:
-        from accelerate import Accelerator
-
         from .held_out import evaluate_held_out
 
-        accelerator = Accelerator(cpu=device.type == "cpu")
-        accelerator.state.device = device
         results["held_out"] = evaluate_held_out(
-            accelerator,
             model,
             text.rows,
             batch_size=flags.batch_size,
+            device=device,
             token_bytes=text.token_bytes,
         )
         results["held_out_from"], results["seq_len"] = text.origin, text.seq_len
@@ -353,15 +349,18 @@ def write(results: Results, folder: Path, checkpoint: Checkpoint) -> None:
     run = checkpoint.run
     if run is None or folder != results_folder(run, checkpoint.step):
         return
+    from mini_llm.hub.model_card import PICTURE, write_card
     from mini_llm.plots.report import write_report
+    from mini_llm.plots.style import PLOTS
 
-    print(f"wrote {write_report(run)}", flush=True)
-    if checkpoint.step is None:
-        from mini_llm.hub.model_card import PICTURE, write_card
-
-        final = run / "final"
-        write_card(final, run, picture=final / PICTURE if (final / PICTURE).is_file() else None)
-        print(f"wrote {final / 'README.md'}", flush=True)
+    try:
+        print(f"wrote {write_report(run)}", flush=True)
+        if checkpoint.step is None:
+            drawn = run / PLOTS / PICTURE
+            write_card(run / "final", run, picture=drawn if drawn.is_file() else None)
+            print(f"wrote {run / 'final' / 'README.md'}", flush=True)
+    except ValueError as error:  # a run folder that lacks what a report or card needs
+        print(f"report and model card stay as they are: {error}", flush=True)
 
 
 def finite(value: Any) -> Any:

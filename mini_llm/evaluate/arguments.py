@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PARTS = ("held_out", "tasks")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,6 +50,11 @@ class Flags:
     output_dir: Path | None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def _number(least: int) -> Any:
     def parse(text: str) -> int:
         try:
@@ -90,7 +95,7 @@ def _names(text: str) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The flags, each with its help."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="./launch.sh evaluate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,9 +194,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_flags(command_line: Sequence[str] | None) -> Flags:
-    """The flags of this command line; argparse ends the process where one is mistyped.
+    """The flags of this command line; --help is shown and ends the process.
 
-    Raises UsageError for flags that contradict each other or name what is not there.
+    Raises UsageError for a mistyped flag, and for flags that contradict each other or name what is
+    not there.
     """
     flags = Flags(**vars(parser().parse_args(command_line)))
     if flags.data and flags.text:

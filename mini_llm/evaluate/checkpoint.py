@@ -125,14 +125,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own tokenizer. Raises UsageError where it has none, or a slow one."""
     from transformers import AutoTokenizer
 
+    reason = "its vocabulary is empty"
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.where)
+        # Where there are no files, transformers may make one that has special tokens alone.
+        is_there = set(tokenizer.get_vocab().values()) > tokenizer.added_tokens_decoder.keys()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        is_there, reason = False, " ".join(str(error).split())[:200]
+    if not is_there:
         raise UsageError(
             f"{checkpoint.where} has no tokenizer that transformers opens ({reason}); put the "
             "tokenizer that it was trained with beside its weights"
-        ) from None
+        )
     if not tokenizer.is_fast:
         raise UsageError(
             f"the tokenizer of {checkpoint.where} is not a fast one, so nobody knows which text "

@@ -172,16 +172,19 @@ def _padded(rows: Sequence[Row], width: int) -> list[Row]:
 
 
 def evaluate_held_out(
-    accelerator: Any,
     model: Any,
     held_out: Mapping[str, HeldOut],
     *,
     batch_size: int,
-    token_bytes: np.ndarray | None,
+    device: torch.device,
+    token_bytes: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """By source: :func:`figures`, and ``by_length`` and ``by_position``, lists of them."""
-    losses = TokenLosses(model, accelerator.device, token_bytes)
-    metrics = evaluate_sources(accelerator, model, held_out, losses, batch_size=batch_size)
+    """By source: :func:`figures`, and ``by_length`` and ``by_position``, lists of them.
+
+    ``token_bytes`` as in ``TokenLosses``. A source without a predicted token is left out.
+    """
+    losses = TokenLosses(model, device, token_bytes)
+    metrics = evaluate_sources(model, held_out, losses, batch_size=batch_size, device=device)
     results = {}
     for name, totals in losses.totals.items():
         if not totals[TOKENS]:

@@ -33,6 +33,9 @@ def draw_by_length(results: Results, folder: Path) -> Path | None:
                 )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:,.0f}")
+                axis.set_minor_formatter("")
             axes.set_xlabel(label)
         panels[0].set_ylabel("perplexity")
         panels[0].legend()

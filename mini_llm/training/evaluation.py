@@ -81,32 +81,40 @@ def evaluate(
         num_targets = torch.tensor(targets.numel(), device=loss_sum.device)
         return torch.stack((loss_sum.double(), num_targets, bytes_of[targets].sum()))
 
-    return evaluate_sources(accelerator, model, held_out, measure, batch_size=batch_size)
+    return evaluate_sources(
+        model,
+        held_out,
+        measure,
+        batch_size=batch_size,
+        device=accelerator.device,
+        sum_over_ranks=lambda totals: accelerator.reduce(totals, "sum"),
+    )
 
 
 @torch.no_grad()
 def evaluate_sources(
-    accelerator: Accelerator,
     model: nn.Module,
     held_out: Mapping[str, HeldOut],
     measure: Callable[[list[Row]], torch.Tensor],
     *,
     batch_size: int,
+    device: torch.device,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals,
 ) -> dict[str, float]:
     """The metrics of :func:`evaluate` from what ``measure`` finds in ``batch_size`` rows at a time.
 
-    ``measure`` returns (3,): nats, predicted tokens and the UTF-8 bytes of those tokens.
+    ``measure`` returns (3,) on ``device``: nats, predicted tokens, UTF-8 bytes of those tokens.
     """
     was_training = model.training
     model.eval()
     metrics = {}
     for name, part in held_out.items():
         # float64 so that sums of millions stay exact
-        totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
         for batch_rows in _batches(part.rows, batch_size):
             beat("evaluation")
             totals += measure(batch_rows)
-        nats, tokens, num_bytes = accelerator.reduce(totals, "sum").tolist()
+        nats, tokens, num_bytes = sum_over_ranks(totals).tolist()
         if tokens:
             metrics[f"eval/{name}/loss"] = nats / tokens
             metrics[f"eval/{name}/bits_per_byte"] = nats / math.log(2) / max(num_bytes, 1)
