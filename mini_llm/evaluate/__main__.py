@@ -68,15 +68,16 @@ def evaluate(flags: Flags) -> tuple[Results, Path, Checkpoint]:
     start = time.monotonic()
     checkpoint = find_checkpoint(flags.checkpoint)
     folder = output_folder(flags, checkpoint)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # thousands of lines in a log file
     from mini_llm.parallel.environment import prepare_environment
 
     prepare_environment()
     device = choose_device(flags.device)
     config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
+    if flags.apply_chat_template and not tokenizer.chat_template:
+        raise UsageError(
+            f"--apply_chat_template true: the tokenizer of {checkpoint.where} has no chat template"
+        )
     text, left_out = None, []
     if flags.skip == "held_out":
         left_out.append("held-out text is left out: --skip held_out")
@@ -104,10 +105,6 @@ def evaluate(flags: Flags) -> tuple[Results, Path, Checkpoint]:
     uses_template = flags.apply_chat_template
     if uses_template is None:
         uses_template = is_chat_model(tokenizer, model.generation_config)
-    elif uses_template and not tokenizer.chat_template:
-        raise UsageError(
-            f"--apply_chat_template true: the tokenizer of {checkpoint.where} has no chat template"
-        )
     results: Results = {
         "checkpoint": checkpoint.name,
         "step": checkpoint.last_step,
@@ -373,4 +370,6 @@ def finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
+    if not sys.stderr.isatty():  # progress bars are thousands of lines in a log file
+        os.environ.setdefault("TQDM_DISABLE", "1")
     sys.exit(main())

@@ -195,8 +195,9 @@ def subjects(suite: Suite) -> dict[str, Path]:
 def find_files(suite: Suite, eval_data: Path | None) -> dict[str, dict[str, list[str]]]:
     """The suite's files below --eval_data: subject -> split -> paths; {} where there are none.
 
-    Takes them as the authors' archive has them, ``val/law_val.csv`` or ``test/law.csv``, and as the
-    hub has them, ``law/val-00000-of-00001.parquet``. Raises UsageError for other columns.
+    Takes them as the authors' archives have them, ``val/law_val.csv`` and ``test/law.csv``, and as
+    the hub does, ``law/ceval-exam-val.parquet`` and ``law/val-00000-of-00001.parquet``. Raises
+    UsageError for other columns.
     """
     if eval_data is None:
         return {}
@@ -213,7 +214,7 @@ def find_files(suite: Suite, eval_data: Path | None) -> dict[str, dict[str, list
                 for split in suite.splits.values():
                     if parent == split:
                         subject = stem.removesuffix(f"_{split}")
-                    elif stem.split("-")[0] == split:
+                    elif split in stem.split("-"):
                         subject = parent
                     else:
                         continue

@@ -64,7 +64,11 @@ def rows_of(text: str, tokenizer: Any, *, seq_len: int, source: str) -> list[Row
     its own (BOS), the document begins with it, and its first piece of text is predicted too.
     """
     encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,  # of a text longer than the model takes, which is cut below
     )
     ids = list(encoded["input_ids"])
     # Bytes up to the end of each token's text; a character cut into tokens counts at the first.

@@ -457,6 +457,9 @@ def test_mistakes_are_one_sentence_before_a_model_is_loaded(
     assert "--skip tasks leaves out what --tasks names" in mistaken(
         run, "--skip", "tasks", "--tasks", "cmmlu"
     )
+    assert "has no chat template" in mistaken(
+        foreign, "--skip", "held_out", "--apply_chat_template", "true"
+    )
     assert "--device tpu cannot be used here" in mistaken(run, "--device", "tpu")
     shutil.copytree(foreign, tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -632,9 +635,10 @@ def eval_data(tmp_path: Path) -> Path:
         **{"Answer": ["C"], "__index_level_0__": [0]},
     }
     for split in ("test", "dev"):
-        path = folder / f"cmmlu/anatomy/{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), path)
+        for place in ("anatomy/{}-00000-of-00001", "arts/cmmlu-{}"):
+            path = folder / f"cmmlu/{place.format(split)}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(columns), path)
     return folder
 
 
@@ -652,7 +656,8 @@ def test_c_eval_and_cmmlu_are_read_from_a_folder_as_they_stand(eval_data: Path) 
     assert by_text.doc_to_choice(first) == ["0.50", "NA", "一,二", "none"]
     assert by_text.doc_to_text(first) == "问题：val甲？\n答案："
     assert by_text.config.target_delimiter == ""
-    (cmmlu,) = groups["cmmlu_text"].get_all_tasks()
+    cmmlu, arts = groups["cmmlu_text"].get_all_tasks()
+    assert (cmmlu.task_name, arts.task_name) == ("cmmlu_anatomy_text", "cmmlu_arts_text")
     assert cmmlu.doc_to_choice(cmmlu.eval_docs[0]) == ["1", "2", "3", "4"]
     assert cmmlu.doc_to_target(cmmlu.eval_docs[0]) == 2
 
@@ -667,7 +672,8 @@ def test_c_eval_and_cmmlu_are_asked_with_solved_examples_before_the_question(
         **{"num_fewshot": 1, "limit": None, "apply_chat_template": True},
         **{"batch_size": 2, "seed": 0},
     )
-    assert list(found) == ["ceval-valid", "ceval-valid_law", "cmmlu_text", "cmmlu_anatomy_text"]
+    assert list(found)[:3] == ["ceval-valid", "ceval-valid_law", "cmmlu_text"]
+    assert set(found["cmmlu_text"]["members"]) == {"cmmlu_anatomy_text", "cmmlu_arts_text"}
     assert found["ceval-valid"]["questions"] == found["ceval-valid_law"]["questions"] == 2
     assert found["ceval-valid_law"]["num_fewshot"] == 1
     assert found["ceval-valid_law"]["version"] == "2.0"
