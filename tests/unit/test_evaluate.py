@@ -45,6 +45,7 @@ from tests.conftest import TINY_MODELS
 from tests.launching import REPOSITORY
 from tests.unit.prepare_fixtures import (
     SEQ_LEN,
+    decoded,
     example_texts,
     make_tokenizer,
     prepare,
@@ -283,6 +284,26 @@ def test_bits_per_byte_of_a_foreign_model_are_those_of_a_plain_loop(
         num_bytes += len(text.encode())
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert (out / "perplexity_by_length.png").is_file()
+
+
+def test_held_out_documents_given_as_text_have_the_figures_of_the_packed_rows(
+    data: SimpleNamespace, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(data.tokenizer)
+    texts = decoded(data.packed, data.tokenizer, "validation")
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "web.jsonl").write_text("".join(lines))
+    read = read_texts([tmp_path / "web.jsonl"], tokenizer, seq_len=SEQ_LEN, max_rows=None)
+    figures = [
+        evaluate_held_out(
+            load_model(checkpoints[LLAMA]).eval(),
+            rows,
+            **{"batch_size": 4, "device": CPU, "token_bytes": token_byte_lengths(tokenizer)},
+        )[name]
+        for name, rows in {"web": held_out_of(data), "web.jsonl": read.held_out}.items()
+    ]
+    for figure in ("loss", "bits_per_byte", "tokens", "bytes"):
+        assert figures[0][figure] == pytest.approx(figures[1][figure], rel=1e-5)
 
 
 def test_text_files_of_every_kind_give_the_same_rows_and_say_what_they_left_out(
