@@ -350,14 +350,19 @@ def write(results: Results, folder: Path, checkpoint: Checkpoint) -> None:
     from mini_llm.plots.report import write_report
     from mini_llm.plots.style import PLOTS
 
-    try:
-        print(f"wrote {write_report(run)}", flush=True)
-        if checkpoint.step is None:
-            drawn = run / PLOTS / PICTURE
-            write_card(run / "final", run, picture=drawn if drawn.is_file() else None)
-            print(f"wrote {run / 'final' / 'README.md'}", flush=True)
-    except ValueError as error:  # a run folder that lacks what a report or card needs
-        print(f"report and model card stay as they are: {error}", flush=True)
+    def card() -> Path:
+        drawn = run / PLOTS / PICTURE
+        write_card(run / "final", run, picture=drawn if drawn.is_file() else None)
+        return run / "final" / "README.md"
+
+    shown = {"the report": lambda: write_report(run)}
+    if checkpoint.step is None:
+        shown["the model card"] = card
+    for name, rewrite in shown.items():
+        try:
+            print(f"wrote {rewrite()}", flush=True)
+        except ValueError as error:  # the run folder lacks what it is made of
+            print(f"{name} stays as it is: {error}", flush=True)
 
 
 def finite(value: Any) -> Any:
