@@ -8,7 +8,7 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain sft verify doctor help"
+COMMANDS="setup quickstart test pretrain sft evaluate verify doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
@@ -44,6 +44,11 @@ Usage: ./launch.sh COMMAND [flags]
                  --hostfile F                              from one machine, by pdsh or ssh
                  --nodes N --node_rank R --main_ip IP      on every node
                  --nodes N --rendezvous_file PATH          on every node
+  evaluate     CKPT: held-out bits per byte, perplexity by document length, multiple choice through
+               lm-eval; a run folder, a checkpoint or any model that transformers opens
+                 --text FILE         measure this text, not the held-out part of the run's data
+                 --eval_data DIR     where C-Eval and CMMLU lie
+                 --help              all flags
   verify       on these ranks and nodes: versions, disk, compute, network, and whether every engine
                trains as one process does; takes the flags above for nodes and processes, and
                  --output_dir D      where checkpoints are going to be (default output/verify)
@@ -388,6 +393,11 @@ launch_recipe() { # launch_recipe NAME FLAGS…: NAME under accelerate launch, h
   exec "$VENV/bin/python" -m mini_llm.launch "$@"
 }
 
+cmd_evaluate() {
+  require_setup evaluate
+  exec "$VENV/bin/python" -m mini_llm.evaluate "$@"
+}
+
 cmd_doctor() {
   require_setup doctor
   exec "$VENV/bin/python" -m mini_llm.doctor "$@"
@@ -395,7 +405,7 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | sft | verify | doctor) "cmd_$1" "${@:2}" ;;
+    setup | quickstart | test | pretrain | sft | evaluate | verify | doctor) "cmd_$1" "${@:2}" ;;
     help | -h | --help) usage ;;
     "") usage_error "which command? One of: $COMMANDS" ;;
     *) usage_error "unknown command '$1'; it is one of: $COMMANDS" ;;

@@ -49,13 +49,16 @@ STEPS_AHEAD = 8
 class Row(TypedDict):
     """A packed row: `input_ids` [seq_len] uint16 or uint32, `doc_lens` int32, and its source.
 
-    Rows of conversations have a `loss_mask`, bool [seq_len]: whether a token is supervised.
+    Rows of conversations have a `loss_mask`, bool [seq_len]: whether a token is supervised. Rows
+    of text that was tokenised to be evaluated have `token_bytes`, int32 [seq_len]: the UTF-8 bytes
+    of the text that each token stands for.
     """
 
     input_ids: np.ndarray
     doc_lens: np.ndarray
     source: str
     loss_mask: NotRequired[np.ndarray]
+    token_bytes: NotRequired[np.ndarray]
 
 
 class PackedData(Protocol):

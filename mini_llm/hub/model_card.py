@@ -10,6 +10,13 @@ from typing import Any
 
 import yaml
 
+from mini_llm.evaluate.results import (
+    as_markdown,
+    bucket_table,
+    held_out_table,
+    read_results,
+    tasks_table,
+)
 from mini_llm.training.arguments import PretrainArguments, RunArguments, SftArguments
 
 PICTURE = "loss.png"
@@ -139,7 +146,7 @@ def write_card(
         data=_data_table(args, progress),
         training=_table(_training_rows(args, facts, progress)),
         picture=f"\n![loss over optimizer steps]({PICTURE})\n" if picture else "",
-        evaluation=_evaluation(progress),
+        evaluation=_evaluation(progress) + _benchmarks(run, step, progress.get("step")),
         samples=_samples(run, step, chat),
         tokens=tokens,
         licence=_licence(license or args.hub_license, chat),
@@ -283,6 +290,35 @@ def _evaluation(progress: dict[str, Any]) -> str:
     ]
     table = _table(rows, head=("held-out part of", "loss (nats a token)", "bits per byte"))
     return f"\n## Evaluation\n\n{table}\n"
+
+
+def _benchmarks(run: Path, step: int | None, last_step: int | None) -> str:
+    """What `launch.sh evaluate` found for these very weights; "" where it was not run on them.
+
+    A results.json that cannot be read is said to be one: a run must not fail to save for it.
+    """
+    try:
+        found = read_results(run, step)
+    except ValueError as error:
+        print(f"the model card has no benchmarks: {error}", flush=True)
+        return ""
+    if found is None or found["step"] != last_step:
+        return ""
+    parts = []
+    if found["held_out"]:
+        parts.append(f"Measured with `launch.sh evaluate`:\n\n{as_markdown(held_out_table(found))}")
+    for name, source in found["held_out"].items():
+        table = as_markdown(bucket_table(source["by_length"], "document length (tokens)"))
+        parts.append(f"By document length, {name}:\n\n{table}")
+    if found["tasks"]:
+        asked = ", asked through the chat template" if found["apply_chat_template"] else ""
+        if found["limit"]:
+            asked += f", the first {found['limit']:,} questions of each"
+        table = as_markdown(tasks_table(found))
+        version = found["versions"]["lm_eval"]
+        parts.append(f"Tasks of lm-eval {version}{asked}:\n\n{table}")
+    text = "\n\n".join(parts)
+    return f"\n## Benchmarks\n\n{text}\n" if text else ""
 
 
 def _samples(run: Path, step: int | None, chat: bool) -> str:

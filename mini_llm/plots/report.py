@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mini_llm.evaluate.results import (
+    FOLDER,
+    PICTURE,
+    bucket_table,
+    held_out_table,
+    read_results,
+    results_folder,
+    tasks_table,
+)
+
 from . import page
 from .curves import COMPARED_TOKENS, PICTURES
 from .experts import BALANCE, HEAT_MAPS
@@ -83,6 +93,7 @@ def report(run: Run) -> Path:
     config = run.folder / CONFIG
     sections: list[tuple[str, Sequence[str]]] = [
         ("Results", [results(run)]),
+        ("Evaluation", evaluation(run)),
         ("Model", [page.facts(model_facts(run))]),
         ("Data", [data_table(run)]),
         (
@@ -171,6 +182,37 @@ def results(run: Run) -> str:
             middle = format(median, shown) if key.startswith("perf/") else None
             rows.append([*row, format(best, shown), f"{at:,}", middle])
     return page.table(["", "last", "at step", "best", "at step", "median"], rows) if rows else ""
+
+
+def evaluation(run: Run) -> list[str]:
+    """What `launch.sh evaluate` found: of ``final/``, else of the newest checkpoint it was run on.
+
+    A results.json that cannot be read is said to be one.
+    """
+    steps = [int(p.name[len("step-") :]) for p in (run.folder / FOLDER).glob("step-*")]
+    try:
+        found = None
+        for step in (None, *sorted(steps, reverse=True)):
+            if found := read_results(run.folder, step):
+                break
+    except ValueError as error:
+        return [page.paragraph(str(error))]
+    if found is None:
+        return []
+    of_step = "" if found["step"] is None else f" at step {found['step']:,}"
+    parts = [page.paragraph(f"{found['checkpoint']}{of_step}, {found['date']}.")]
+    if found["held_out"]:
+        parts.append(page.table(*held_out_table(found)))
+        drawn = results_folder(run.folder, step) / PICTURE
+        if drawn.is_file():
+            caption = "Only documents as the model saw them: long ones are cut to rows."
+            parts.append(page.picture(drawn, "Perplexity by document length", caption))
+    for name, source in found["held_out"].items():
+        table = page.table(*bucket_table(source["by_length"], "document length"))
+        parts.append(page.folded(f"{name} by tokens of the document", table))
+    if found["tasks"]:
+        parts.append(page.table(*tasks_table(found)))
+    return [*parts, *(page.paragraph(sentence) for sentence in found["left_out"])]
 
 
 def model_facts(run: Run) -> list[tuple[str, object]]:

@@ -52,7 +52,6 @@ def load_held_out(
     return held_out
 
 
-@torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
@@ -66,32 +65,59 @@ def evaluate(
     ``token_bytes`` (V,) is the number of UTF-8 bytes that each token stands for. Bits per byte are
     the nats of all predicted tokens, end-of-document included, over ln 2 × those tokens' bytes.
     """
+    bytes_of = torch.from_numpy(token_bytes).to(accelerator.device)
+
+    def measure(rows: list[Row]) -> torch.Tensor:
+        batch = collate(rows, accelerator.device)
+        labels = batch["labels"]
+        with eagerly():
+            loss_sum = model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                documents=batch["documents"],
+                labels=labels,
+                num_items_in_batch=1,
+                use_cache=False,
+                skip_logits=True,
+            ).loss
+        targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+        num_targets = torch.tensor(targets.numel(), device=loss_sum.device)
+        return torch.stack((loss_sum.double(), num_targets, bytes_of[targets].sum()))
+
+    return evaluate_sources(
+        model,
+        held_out,
+        measure,
+        batch_size=batch_size,
+        device=accelerator.device,
+        sum_over_ranks=lambda totals: accelerator.reduce(totals, "sum"),
+    )
+
+
+@torch.no_grad()
+def evaluate_sources(
+    model: nn.Module,
+    held_out: Mapping[str, HeldOut],
+    measure: Callable[[list[Row]], torch.Tensor],
+    *,
+    batch_size: int,
+    device: torch.device,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals,
+) -> dict[str, float]:
+    """The metrics of :func:`evaluate` from what ``measure`` finds in ``batch_size`` rows at a time.
+
+    ``measure`` returns (3,) on ``device``: nats, predicted tokens, UTF-8 bytes of those tokens.
+    """
     was_training = model.training
     model.eval()
-    bytes_of = torch.from_numpy(token_bytes).to(accelerator.device)
     metrics = {}
     for name, part in held_out.items():
-        # nats, predicted tokens, their bytes; float64 so that sums of millions stay exact
-        totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        # float64 so that sums of millions stay exact
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
         for batch_rows in _batches(part.rows, batch_size):
             beat("evaluation")
-            batch = collate(batch_rows, accelerator.device)
-            labels = batch["labels"]
-            with eagerly():
-                loss_sum = model(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    documents=batch["documents"],
-                    labels=labels,
-                    num_items_in_batch=1,
-                    use_cache=False,
-                    skip_logits=True,
-                ).loss
-            targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-            totals += torch.stack(
-                (loss_sum.double(), totals.new_tensor(targets.numel()), bytes_of[targets].sum())
-            )
-        nats, tokens, num_bytes = accelerator.reduce(totals, "sum").tolist()
+            totals += measure(batch_rows)
+        nats, tokens, num_bytes = sum_over_ranks(totals).tolist()
         if tokens:
             metrics[f"eval/{name}/loss"] = nats / tokens
             metrics[f"eval/{name}/bits_per_byte"] = nats / math.log(2) / max(num_bytes, 1)

@@ -134,7 +134,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *parts:
 def test_help_names_every_command(machine: Machine) -> None:
     result = machine.launch("help")
     assert result.returncode == 0
-    for command in ("setup", "quickstart", "test", "pretrain", "sft", "doctor"):
+    for command in ("setup", "quickstart", "test", "pretrain", "sft", "evaluate", "doctor"):
         assert f"\n  {command} " in result.stdout
 
 
@@ -143,7 +143,9 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
     machine: Machine, arguments: list[str]
 ) -> None:
     result = machine.launch(*arguments)
-    assert_one_line(result, 2, "setup quickstart test pretrain sft verify doctor", *arguments)
+    assert_one_line(
+        result, 2, "setup quickstart test pretrain sft evaluate verify doctor", *arguments
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,7 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
         (["setup", "--torch_index"], "--torch_index"),
         (["quickstart", "--max_steps"], "--max_steps"),
         (["pretrain"], "./launch.sh setup"),  # nothing is installed in this environment
+        (["evaluate"], "./launch.sh setup"),
         (["doctor"], "./launch.sh setup"),
     ],
 )

@@ -29,9 +29,12 @@ def test_every_dependency_and_dev_tool_is_pinned_to_a_version_it_allows(
     pyproject: dict[str, Any],
 ) -> None:
     project = pyproject["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["dev"] + extras["eval"]
     for requirement in map(Requirement, lines):
         name = canonicalize_name(requirement.name)
+        if name == canonicalize_name(project["name"]):  # dev takes in other extras
+            continue
         assert name in PINS, f"{name} is missing in constraints.txt"
         assert requirement.specifier.contains(PINS[name]), requirement
 
@@ -58,12 +61,13 @@ def test_the_code_is_declared_to_run_on_the_oldest_supported_versions(
     assert str(declared["deepspeed"]) == "==0.19.8"
 
 
-def test_the_package_holds_mini_llm_its_constraints_and_its_tokenizer(
+def test_the_package_holds_mini_llm_its_constraints_its_tokenizer_and_its_tasks(
     pyproject: dict[str, Any],
 ) -> None:
     setuptools = pyproject["tool"]["setuptools"]
     assert setuptools["packages"]["find"] == {"include": ["mini_llm*"]}
-    assert setuptools["package-data"] == {"mini_llm": ["constraints.txt", "tokenizer/*"]}
+    data = ["constraints.txt", "tokenizer/*", "evaluate/tasks/*"]
+    assert setuptools["package-data"] == {"mini_llm": data}
 
 
 def test_no_package_index_is_written_into_a_set_up_file() -> None:
