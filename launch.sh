@@ -14,7 +14,7 @@ CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
-TEST_PACKAGES="manpages-zh iproute2" # Debian packages that tests need; without one its tests are skipped
+TEST_PACKAGES="manpages-zh iproute2 chromium-headless-shell" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
