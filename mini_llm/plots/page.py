@@ -43,8 +43,8 @@ dt, dd { margin: 0; }
 figure { break-inside: avoid; margin: 0; min-width: 0; }
 figcaption, footer { color: var(--pale); font-size: 0.9rem; }
 figcaption { margin-top: 0.5rem; }
-img { background: #fff; border-radius: 6px; box-sizing: border-box; height: auto; max-width: 100%;
-  padding: 0.5rem; }
+img { background: #fff; border-radius: 6px; box-sizing: border-box; display: block; height: auto;
+  max-width: 100%; padding: 0.5rem; }
 @media (prefers-color-scheme: dark) { img { filter: brightness(0.9); } }
 summary { cursor: pointer; }
 pre { background: var(--soft); border-radius: 6px; font-size: 0.85rem; padding: 0.75rem;
