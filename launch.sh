@@ -297,9 +297,12 @@ install_test_packages() { # where the package manager and the rights are there
   fi
   echo "Installing the Debian packages that tests need: ${missing[*]} (apt's output: $log)"
   apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"; }
-  apt_install "${missing[@]}" >"$log" 2>&1 ||
-    { apt-get update && apt_install "${missing[@]}"; } >>"$log" 2>&1 ||
-    note "${missing[*]} cannot be had (apt's output: $log); the tests that need it are skipped"
+  if apt_install "${missing[@]}" >"$log" 2>&1; then return; fi
+  apt-get update >>"$log" 2>&1 || true # the next lines say what comes of it
+  for package in "${missing[@]}"; do   # one by one: not every distribution has all of them
+    apt_install "$package" >>"$log" 2>&1 ||
+      note "$package cannot be had (apt's output: $log); the tests that need it are skipped"
+  done
 }
 
 require_setup() {

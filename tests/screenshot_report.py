@@ -1,6 +1,8 @@
 """The picture of a report in the README: its top in light, its experts in dark, side by side.
 
     python -m tests.screenshot_report output/some_run_with_experts docs/images/report.png
+
+The run's plots and report are drawn anew for it.
 """
 
 import sys
@@ -19,7 +21,7 @@ MARGIN = 12  # between the halves
 
 
 def main() -> None:
-    """Draw the run's report anew and write the picture."""
+    """Write the picture."""
     run, picture = map(Path, sys.argv[1:])
     draw_plots(run)
     report = write_report(run)

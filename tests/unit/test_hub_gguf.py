@@ -305,6 +305,12 @@ def test_weights_beyond_f16_are_refused_and_nothing_is_left(tokenizer_dir, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_without_the_gguf_package_one_sentence_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("mini_llm.hub.gguf.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"run pip install 'mini_llm\[gguf\]'$"):
+        export_gguf(tmp_path, tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize("output, says", [("a.bin", "end in .gguf"), ("file/a.gguf", "written")])
 def test_an_output_that_cannot_be_is_refused(output, says, tokenizer_dir, tmp_path):
     (tmp_path / "file").touch()
