@@ -14,7 +14,7 @@ CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
-TEST_PACKAGES="manpages-zh iproute2" # Debian packages that tests need; without one its tests are skipped
+TEST_PACKAGES="manpages-zh iproute2 chromium-headless-shell" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
@@ -264,7 +264,7 @@ make_venv() { # an environment with a working pip; one that works is kept
 }
 
 install_environment() { # install_environment DEV TORCH_INDEX
-  local dev="$1" torch_index="$2" index_flags=() index_print extras=""
+  local dev="$1" torch_index="$2" index_flags=() index_print extras="[all]"
   index_print="$(fingerprint <<<"$torch_index")"
   if stamp_has "dev=1"; then dev=1; fi # a changed pyproject must not take the tools away
   [[ -n "$torch_index" || ! -f "$STAMP" ]] || index_print="$(sed -n 's/^torch_index=//p' "$STAMP")"
@@ -302,9 +302,12 @@ install_test_packages() { # where the package manager and the rights are there
   fi
   echo "Installing the Debian packages that tests need: ${missing[*]} (apt's output: $log)"
   apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"; }
-  apt_install "${missing[@]}" >"$log" 2>&1 ||
-    { apt-get update && apt_install "${missing[@]}"; } >>"$log" 2>&1 ||
-    note "${missing[*]} cannot be had (apt's output: $log); the tests that need it are skipped"
+  if apt_install "${missing[@]}" >"$log" 2>&1; then return; fi
+  apt-get update >>"$log" 2>&1 || true # the next lines say what comes of it
+  for package in "${missing[@]}"; do   # one by one: not every distribution has all of them
+    apt_install "$package" >>"$log" 2>&1 ||
+      note "$package cannot be had (apt's output: $log); the tests that need it are skipped"
+  done
 }
 
 require_setup() {

@@ -156,7 +156,7 @@ def text_encoder(folder: str | Path) -> Tokenizer:
     A document that quotes `<|endoftext|>` or `<|im_start|>` gets the bytes of those characters,
     never the control token. Ids are those of `folder`/tokenizer.json.
     """
-    content = _read_tokenizer_json(folder)
+    content = read_tokenizer_json(folder)
     content["added_tokens"] = []
     content["padding"] = None
     content["truncation"] = None
@@ -202,7 +202,7 @@ def fast_encoder(folder: str | Path) -> FastEncoder:
     """
     import tiktoken
 
-    content = _read_tokenizer_json(folder)
+    content = read_tokenizer_json(folder)
     if reason := _why_not_fast(content):
         raise ValueError(
             f"--tokenizer: {folder} cannot be run by tiktoken ({reason}); encode with text_encoder"
@@ -244,17 +244,9 @@ def _why_not_fast(content: dict[str, Any]) -> str | None:
     itself: if neighbours x and y together are a token t, then encoding t alone reaches x and y too
     (nothing outside t took part), and as it ends in t, (x, y) is the merge that makes t.
     """
-    if content["normalizer"] is not None:
-        return "it has a normalizer"
-    if content["pre_tokenizer"] != json.loads(_pre_tokenizer().__getstate__()):
-        return "its pre-tokenizer is another"
+    if reason := why_another_kind(content):
+        return reason
     model = content["model"]
-    plain = json.loads(models.BPE().__getstate__())
-    options = sorted(
-        key for key in plain if key not in ("vocab", "merges") and model.get(key) != plain[key]
-    )
-    if options:
-        return f"its model sets {', '.join(options)}"
     vocab, added = model["vocab"], {token["content"] for token in content["added_tokens"]}
     alphabet = set(_byte_of_character())
     made = [vocab.get("".join(pair)) for pair in model["merges"]]
@@ -273,6 +265,25 @@ def _why_not_fast(content: dict[str, Any]) -> str | None:
     return None
 
 
+def why_another_kind(content: dict[str, Any]) -> str | None:
+    """Return why a tokenizer.json is none of the kind that `train_tokenizer` makes, else None.
+
+    Vocabulary, merges and added tokens are each tokenizer's own.
+    """
+    if content["normalizer"] is not None:
+        return "it has a normalizer"
+    if content["pre_tokenizer"] != json.loads(_pre_tokenizer().__getstate__()):
+        return "its pre-tokenizer is another"
+    model = content["model"]
+    plain = json.loads(models.BPE().__getstate__())
+    options = sorted(
+        key for key in plain if key not in ("vocab", "merges") and model.get(key) != plain[key]
+    )
+    if options:
+        return f"its model sets {', '.join(options)}"
+    return None
+
+
 def _byte_of_character() -> dict[str, int]:
     """Return the byte behind each of the 256 characters that a byte-level vocabulary is written in.
 
@@ -288,7 +299,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Open a tokenizer folder with stock AutoTokenizer; FileNotFoundError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _read_tokenizer_json(folder)
+    read_tokenizer_json(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"--tokenizer {folder} is not a fast tokenizer (tokenizer.json)")
@@ -301,7 +312,7 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     Padding and truncation are left out: they are settings of the last call, which transformers
     writes back on save, and they change no id.
     """
-    content = _read_tokenizer_json(folder)
+    content = read_tokenizer_json(folder)
     content.pop("padding", None)
     content.pop("truncation", None)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -324,11 +335,13 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return lengths
 
 
-def _read_tokenizer_json(folder: str | Path) -> dict:
+def read_tokenizer_json(folder: str | Path) -> dict[str, Any]:
+    """Return what `folder`/tokenizer.json holds; FileNotFoundError if there is none."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"--tokenizer: {folder} has no tokenizer.json; give a tokenizer's folder or make one "
             "with data_tools/train_tokenizer.py"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -13,31 +13,48 @@ VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 VISIBLE |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 STYLE = """
-:root { color-scheme: light dark; --line: #d4d4d8; --soft: #f4f4f5; --pale: #63636b; }
-@media (prefers-color-scheme: dark) { :root { --line: #44444c; --soft: #26262b; --pale: #a8a8b3; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-@media (prefers-color-scheme: light) { body { background: #fff; color: #1b1b1f; } }
-@media (prefers-color-scheme: dark) { body { background: #18181b; color: #ececf1; } }
+:root { color-scheme: light dark; --line: #d4d4d8; --soft: #f4f4f5; --pale: #63636b;
+  --link: #0b66a8; background: #fff; color: #1b1b1f; }
+@media (prefers-color-scheme: dark) { :root { --line: #3f3f46; --soft: #26262b; --pale: #a8a8b3;
+  --link: #8ab4f8; background: #18181b; color: #ececf1; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem;
+  overflow-wrap: anywhere; padding: 1rem; }
 h1 { margin-bottom: 0; }
-h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
-nav a { margin-right: 1rem; }
-@media (prefers-color-scheme: dark) { a { color: #8ab4f8; } }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 1rem 0.25rem 0; text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
-thead th { color: var(--pale); overflow-wrap: normal; }
-tbody th { font-weight: 500; white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
-  overflow-wrap: normal; }
-figure { margin: 2rem 0; break-inside: avoid; }
+h2 { border-bottom: 1px solid var(--line); margin: 2.5rem 0 1rem; }
+p { max-width: 60rem; }
+a { color: var(--link); }
+nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; }
+.wide { margin: 1rem 0; overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; overflow-wrap: break-word; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 1.5rem 0.25rem 0; text-align: left;
+  vertical-align: top; }
+th:last-child, td:last-child { padding-right: 0; }
+thead th, dt { color: var(--pale); }
+tbody th { font-weight: 500; min-width: 9rem; }
+td { max-width: 30rem; }
+td.number, th.number { text-align: right; }
+td.number, dd { font-variant-numeric: tabular-nums; }
+dl { column-gap: 3rem; columns: 2 26rem; font-size: 0.9rem; margin: 1rem 0; }
+dl div { border-bottom: 1px solid var(--line); break-inside: avoid; display: grid; gap: 1rem;
+  grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); padding: 0.25rem 0; }
+dt, dd { margin: 0; }
+.gallery { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fill,
+  minmax(min(100%, 30rem), 1fr)); }
+figure { break-inside: avoid; margin: 0; min-width: 0; }
 figcaption, footer { color: var(--pale); font-size: 0.9rem; }
-img { background: #fff; border-radius: 6px; height: auto; max-width: 100%; }
-pre { background: var(--soft); border-radius: 6px; font-size: 0.85rem; overflow-wrap: anywhere;
-  padding: 0.75rem; white-space: pre-wrap; }
+figcaption { margin-top: 0.5rem; }
+img { background: #fff; border-radius: 6px; box-sizing: border-box; display: block; height: auto;
+  max-width: 100%; padding: 0.5rem; }
+@media (prefers-color-scheme: dark) { img { filter: brightness(0.9); } }
+summary { cursor: pointer; }
+pre { background: var(--soft); border-radius: 6px; font-size: 0.85rem; padding: 0.75rem;
+  white-space: pre-wrap; }
+footer { margin-top: 2.5rem; }
 @media print {
+  :root { background: #fff; color: #000; }
   nav { display: none; }
-  body { background: #fff; color: #000; font-size: 11pt; max-width: none; }
+  body { font-size: 11pt; max-width: none; }
+  img { filter: none; }
   pre { border: 1px solid #ccc; background: #fff; color: #000; }
 }
 """
@@ -65,10 +82,10 @@ def folded(title: str, *parts: str) -> str:
 
 
 def facts(rows: Sequence[tuple[str, object]]) -> str:
-    """A table of names and values; what has no value (None or an empty text) is left out."""
+    """A list of names and values; what has no value (None or an empty text) is left out."""
     shown = [(name, value) for name, value in rows if value is not None and value != ""]
-    lines = [f'<tr><th scope="row">{text(n)}</th><td>{text(v)}</td></tr>' for n, v in shown]
-    return "<table>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>" if lines else ""
+    lines = [f"<div><dt>{text(n)}</dt><dd>{text(v)}</dd></div>" for n, v in shown]
+    return "<dl>\n" + "\n".join(lines) + "\n</dl>" if lines else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -109,6 +126,11 @@ def picture(path: Path, title: str, caption: str) -> str:
         f'alt="{text(title)}" width="{width}" height="{height}">\n'
         f"<figcaption>{text(title)}. {text(caption)}</figcaption>\n</figure>"
     )
+
+
+def gallery(pictures: Sequence[str]) -> str:
+    """Pictures (HTML), two side by side where a window is wide enough."""
+    return '<div class="gallery">\n' + "\n".join(pictures) + "\n</div>" if pictures else ""
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]], made: str) -> str:

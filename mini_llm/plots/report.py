@@ -93,7 +93,9 @@ def report(run: Run) -> Path:
     config = run.folder / CONFIG
     sections: list[tuple[str, Sequence[str]]] = [
         ("Results", [results(run)]),
+        ("Plots", [page.gallery(pictures(list((run.folder / PLOTS).glob("*.png"))))]),
         ("Evaluation", evaluation(run)),
+        ("Samples", samples(run.folder / SAMPLES)),
         ("Model", [page.facts(model_facts(run))]),
         ("Data", [data_table(run)]),
         (
@@ -106,8 +108,6 @@ def report(run: Run) -> Path:
             ],
         ),
         ("Engine", [page.facts(engine_facts(run)), bytes_table(run)]),
-        ("Plots", pictures(list((run.folder / PLOTS).glob("*.png")))),
-        ("Samples", samples(run.folder / SAMPLES)),
         ("How to load it", how_to_load(run)),
     ]
     content = page.page(f"Run {run.name}", summary(run), sections, MADE)
@@ -441,7 +441,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, drawn: Sequence[Path]) -
             "Arguments that differ",
             [page.table(["argument", *(run.name for run in runs)], differing) if differing else ""],
         ),
-        ("Plots", pictures(drawn)),
+        ("Plots", [page.gallery(pictures(drawn))]),
     ]
     names = ", ".join(run.name for run in runs)
     title = f"{len(runs)} runs compared"

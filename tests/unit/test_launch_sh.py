@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = "manpages-zh iproute2 chromium-headless-shell"
 
 PYTHON_STAND_IN = f"""\
 #!{sys.executable}
@@ -368,7 +369,7 @@ def test_setup_with_dev_installs_the_debian_packages_that_tests_need(machine: Ma
     assert machine.launch("setup").returncode == 0
     assert not calls.exists()  # nobody but a developer needs them
     assert machine.launch("setup", "--dev").returncode == 0
-    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh iproute2\n"
+    assert calls.read_text() == f"install --yes --no-install-recommends {PACKAGES}\n"
     calls.unlink()
     assert machine.launch("setup", "--dev").stdout.startswith("already set up: ")
     assert calls.exists()  # they may be gone while the environment is still there
@@ -380,7 +381,7 @@ def test_setup_goes_on_and_says_so_without_the_rights_to_install_debian_packages
     calls = without_test_packages(machine, user=1000)
     result = machine.launch("setup", "--dev")
     assert result.returncode == 0
-    assert "to run them too: sudo apt-get install manpages-zh iproute2" in result.stderr
+    assert f"to run them too: sudo apt-get install {PACKAGES}" in result.stderr
     assert not calls.exists()
 
 
@@ -388,8 +389,11 @@ def test_setup_goes_on_and_says_so_where_a_debian_package_cannot_be_had(machine:
     calls = without_test_packages(machine, user=0)
     result = machine.launch("setup", "--dev", APT_STATUS="100")
     assert result.returncode == 0
-    assert "manpages-zh iproute2 cannot be had" in result.stderr
-    assert calls.read_text().splitlines()[1] == "update"  # the lists may be old, or none there
+    assert result.stderr.count(" cannot be had (apt's output: ") == len(PACKAGES.split())
+    first, second, *one_by_one = calls.read_text().splitlines()
+    assert first.endswith(f" {PACKAGES}")
+    assert second == "update"  # the lists may be old, or none there
+    assert [call.split()[-1] for call in one_by_one] == PACKAGES.split()
 
 
 # ------------------------------------------------------------------ which torch build

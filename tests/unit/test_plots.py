@@ -301,7 +301,7 @@ class Checked(HTMLParser):
 
     @property
     def cells(self) -> list[str]:
-        return [*self.text.get("td", []), *self.text.get("th", [])]
+        return [text for tag in ("td", "th", "dd", "dt") for text in self.text.get(tag, [])]
 
     def everything(self, tag: str) -> str:
         return "\n".join(self.text.get(tag, []))

@@ -240,6 +240,15 @@ class Qwen3NextMoE(nn.Module):
         return out_ND.view_as(hidden_states), logits_NE, index_NK
 
 
+def has_experts(config: Qwen3NextConfig, layer_idx: int) -> bool:
+    """Whether a layer's feed-forward part is routed experts and not dense."""
+    return (
+        layer_idx not in config.mlp_only_layers
+        and config.num_experts > 0
+        and (layer_idx + 1) % config.decoder_sparse_step == 0
+    )
+
+
 class Qwen3NextDecoderLayer(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)); mixer and mlp are what the config says."""
 
@@ -252,12 +261,7 @@ class Qwen3NextDecoderLayer(GradientCheckpointingLayer):
             self.linear_attn = Qwen3NextGatedDeltaNet(config, layer_idx)
         else:
             self.self_attn = Qwen3NextAttention(config, layer_idx)
-        sparse = (
-            layer_idx not in config.mlp_only_layers
-            and config.num_experts > 0
-            and (layer_idx + 1) % config.decoder_sparse_step == 0
-        )
-        self.mlp = Qwen3NextMoE(config) if sparse else SwiGLU(config)
+        self.mlp = Qwen3NextMoE(config) if has_experts(config, layer_idx) else SwiGLU(config)
         self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
 
