@@ -180,7 +180,12 @@ def main(args: PretrainArguments) -> None:
     model.generation_config = base_generation_config(tokenizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if wants_compile(args.torch_compile, accelerator.device, args.expert_parallel_size):
+    if wants_compile(
+        args.torch_compile,
+        accelerator.device,
+        zero_stage=engine.asked_zero_stage(accelerator),
+        expert_parallel_size=args.expert_parallel_size,
+    ):
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:

@@ -187,7 +187,12 @@ def main(args: SftArguments) -> None:
     forward_options = mtp_options(model, weight=args.mtp_loss_weight)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if wants_compile(args.torch_compile, accelerator.device, args.expert_parallel_size):
+    if wants_compile(
+        args.torch_compile,
+        accelerator.device,
+        zero_stage=engine.asked_zero_stage(accelerator),
+        expert_parallel_size=args.expert_parallel_size,
+    ):
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:

@@ -16,11 +16,15 @@ from torch import nn
 
 
 def wants_compile(
-    torch_compile: bool | None, device: torch.device, expert_parallel_size: int
+    torch_compile: bool | None, device: torch.device, *, zero_stage: int, expert_parallel_size: int
 ) -> bool:
-    """``--torch_compile``, or without it whether compiling pays: on a GPU, experts not spread."""
+    """``--torch_compile``, or without it whether compiling pays.
+
+    It does on a GPU. Not asked for, it is left out under ZeRO-3, which gathers weights in the midst
+    of a layer, and with spread experts.
+    """
     if torch_compile is None:
-        return device.type == "cuda" and expert_parallel_size == 1
+        return device.type == "cuda" and zero_stage < 3 and expert_parallel_size == 1
     return torch_compile
 
 

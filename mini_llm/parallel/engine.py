@@ -224,6 +224,13 @@ def zero_stage(accelerator: Accelerator, model: nn.Module) -> int | None:
     return int(model.zero_optimization_stage())  # type: ignore[operator]
 
 
+def asked_zero_stage(accelerator: Accelerator) -> int:
+    """The ZeRO stage of the engine that was asked for, before ``prepare``; 0 without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    config = {} if plugin is None else plugin.deepspeed_config
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
 def offload(model: nn.Module) -> dict[str, str | None]:
     """Where the engine keeps what it has moved off the device; None: it has not.
 

@@ -88,7 +88,7 @@ class RunArguments:
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
     torch_compile: bool | None = _arg(
         "compile every decoder layer with torch.compile; on a CPU this needs a C++ compiler "
-        "(default: on a GPU, unless experts are spread)",
+        "(default: on a GPU, unless under ZeRO-3 or with spread experts)",
         None,
     )
     expert_parallel_size: int = _arg(

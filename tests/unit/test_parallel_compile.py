@@ -89,19 +89,27 @@ def test_compiled_layers_of_packed_rows_give_the_loss_and_gradients_of_eager_one
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "expert_parallel_size", "compiled"),
+    ("asked", "device", "zero_stage", "expert_parallel_size", "compiled"),
     [
-        (None, "cuda", 1, True),
-        (None, "cuda", 2, False),  # a compiled layer cannot spread its experts
-        (None, "cpu", 1, False),  # little to win there
-        (True, "cpu", 1, True),
-        (False, "cuda", 1, False),
+        (None, "cuda", 0, 1, True),
+        (None, "cuda", 2, 1, True),
+        (None, "cuda", 3, 1, False),
+        (None, "cuda", 1, 2, False),  # a compiled layer cannot spread its experts
+        (None, "cpu", 1, 1, False),  # little to win there
+        (True, "cpu", 1, 1, True),
+        (False, "cuda", 1, 1, False),
     ],
 )
 def test_layers_are_compiled_where_it_pays_unless_the_run_says_otherwise(
-    asked, device, expert_parallel_size, compiled
+    asked, device, zero_stage, expert_parallel_size, compiled
 ):
-    assert wants_compile(asked, torch.device(device), expert_parallel_size) is compiled
+    wants = wants_compile(
+        asked,
+        torch.device(device),
+        zero_stage=zero_stage,
+        expert_parallel_size=expert_parallel_size,
+    )
+    assert wants is compiled
 
 
 def test_evaluation_of_another_shape_runs_compiled_layers_as_they_are_written():
