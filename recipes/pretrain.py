@@ -61,7 +61,7 @@ from mini_llm.parallel.rank_log import open_rank_log
 from mini_llm.plots import draw_plots, told
 from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
-from mini_llm.training.balancing import take_expert_load, update_expert_bias
+from mini_llm.training.balancing import bias_spread, take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
     find_checkpoint,
@@ -73,7 +73,7 @@ from mini_llm.training.checkpoint import (
 from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
 from mini_llm.training.interruption import Interruption, note_the_stop
 from mini_llm.training.losses import combine_losses, mtp_weight_at
-from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
+from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
@@ -87,6 +87,7 @@ from mini_llm.training.run_folder import (
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.samples import print_samples
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
+from mini_llm.training.timing import StepTimer
 
 
 def main(args: PretrainArguments) -> None:
@@ -231,10 +232,10 @@ def main(args: PretrainArguments) -> None:
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
-    throughput = Throughput(
-        training_flops_per_token(config, parameters, args.seq_len),
-        accelerator.device,
-        accelerator.num_processes,
+    timer = StepTimer(
+        accelerator,
+        flops_per_token=training_flops_per_token(config, parameters, args.seq_len),
+        peak=args.peak_flops,
     )
     print_banner(args, accelerator, model, parameters, held_out, identity, hosts, start_step)
     evaluation: dict[str, float] = {}
@@ -251,10 +252,11 @@ def main(args: PretrainArguments) -> None:
             wire.read()  # what evaluation sent is no part of a step
         micro_batches = []
         watchdog.beat("reading data", step)
-        for _ in range(accumulation):
-            rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
-            tokens.add(rows)
-            micro_batches.append(collate(rows, accelerator.device))
+        with timer.part("data"):
+            for _ in range(accumulation):
+                rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
+                tokens.add(rows)
+                micro_batches.append(collate(rows, accelerator.device))
 
         # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
         # micro-batches, so it does not depend on how the step is divided.
@@ -284,25 +286,28 @@ def main(args: PretrainArguments) -> None:
         )
         for i, batch in enumerate(micro_batches):
             with engine.accumulate(model, last=i == accumulation - 1):
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    labels=batch["labels"],
-                    num_items_in_batch=sums[0],
-                    use_cache=False,
-                )
-                loss, parts = combine_losses(
-                    outputs,
-                    mtp_weight=mtp_weight,
-                    balance_weight=args.balance_loss_weight,
-                    micro_batches=accumulation * accelerator.num_processes,
-                )
-                engine.backward(accelerator, model, loss)
+                with timer.part("forward"):
+                    outputs = model(
+                        input_ids=batch["input_ids"],
+                        position_ids=batch["position_ids"],
+                        labels=batch["labels"],
+                        num_items_in_batch=sums[0],
+                        use_cache=False,
+                    )
+                    loss, parts = combine_losses(
+                        outputs,
+                        mtp_weight=mtp_weight,
+                        balance_weight=args.balance_loss_weight,
+                        micro_batches=accumulation * accelerator.num_processes,
+                    )
+                with timer.part("backward"):
+                    engine.backward(accelerator, model, loss)
             for name, part in parts.items():
                 step_losses[name] = step_losses.get(name, 0) + part.float()
             if step == start_step + 1:
                 held.note_gradients()
-        grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        with timer.part("optimizer"):
+            grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
         fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
         if fault is not None:
@@ -315,10 +320,11 @@ def main(args: PretrainArguments) -> None:
                 step = state["step"]
                 tokens.load_state_dict(state["tokens"])
                 log.rewind(step)
+                timer.restart()
                 continue
         elif load is not None:
             update_expert_bias(model, load, speed=args.expert_bias_update_speed)
-        throughput.add(args.global_batch_tokens)
+        timer.end_step(args.global_batch_tokens)
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
@@ -340,10 +346,10 @@ def main(args: PretrainArguments) -> None:
             metrics |= tokens.read()
             for name, reasons in rejected_rows(stream).items():
                 metrics[f"data/{name}/rejected"] = reasons.total()
-            metrics |= throughput.read()
+            metrics |= timer.read()
             metrics |= wire_metrics(accelerator, wire)
             if load is not None:
-                metrics |= load.metrics(args.expert_parallel_size)
+                metrics |= load.metrics(args.expert_parallel_size) | bias_spread(model)
         if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
             evaluation = evaluate(
                 accelerator,
@@ -354,7 +360,7 @@ def main(args: PretrainArguments) -> None:
             )
             metrics |= evaluation
             evaluated_at = step
-            throughput.restart()
+            timer.restart()
         if metrics:
             log.write(step, metrics)
         save_is_due = args.save_steps and step % args.save_steps == 0
@@ -378,7 +384,7 @@ def main(args: PretrainArguments) -> None:
             log.say(f"saved {saved}")
             pusher.send(saved)
             interruption.saved()
-            throughput.restart()
+            timer.restart()
         if interruption.stop_now:
             log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
             note_the_stop()
@@ -389,6 +395,7 @@ def main(args: PretrainArguments) -> None:
         log.say(line)
     stream.close()
     log.close()
+    timer.close()
     interruption.close()
     watchdog.rest("finishing")
     if step == args.max_steps:

@@ -97,6 +97,26 @@ def take_expert_load(model: nn.Module) -> ExpertLoad | None:
 
 
 @torch.no_grad()
+def bias_spread(model: nn.Module) -> dict[str, float]:
+    """``moe/layer_<i>/bias_spread``: largest less smallest correction bias of a layer's experts.
+
+    Only of routers that have such biases. Waits for the device, once.
+    """
+    biases = {
+        layer: router.e_score_correction_bias
+        for layer, router in find_routers(model).items()
+        if hasattr(router, "e_score_correction_bias")
+    }
+    if not biases:
+        return {}
+    spreads = torch.stack([bias.max() - bias.min() for bias in biases.values()]).tolist()  # type: ignore[operator]
+    return {
+        f"moe/layer_{layer}/bias_spread": spread
+        for layer, spread in zip(biases, spreads, strict=True)
+    }
+
+
+@torch.no_grad()
 def update_expert_bias(model: nn.Module, load: ExpertLoad, *, speed: float) -> None:
     """b_i += speed · sign(mean load − load_i), in fp32: overloaded experts become less attractive.
 

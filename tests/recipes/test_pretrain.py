@@ -90,6 +90,9 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
     assert last.keys() == {
         *("step", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens"),
         *("train/bad_steps", "perf/tokens_per_second", "perf/mfu", "data/tiny/tokens"),
+        *("perf/step_seconds", "perf/data_seconds", "perf/forward_seconds"),
+        *("perf/backward_seconds", "perf/optimizer_seconds", "perf/communication_seconds"),
+        "perf/peak_memory_bytes",
         *("eval/tiny/loss", "eval/tiny/bits_per_byte"),
     }
     assert last["perf/mfu"] is None  # a CPU's peak is not known
