@@ -66,6 +66,7 @@ from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
 from mini_llm.parallel.rank_log import open_rank_log
+from mini_llm.parallel.transfer import to_device
 from mini_llm.plots import draw_plots, told
 from mini_llm.plots.packed_rows import plot_attention_mask, plot_packing
 from mini_llm.plots.report import write_report
@@ -80,7 +81,7 @@ from mini_llm.training.checkpoint import (
     stream_state,
 )
 from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
-from mini_llm.training.interruption import Interruption, note_the_stop
+from mini_llm.training.interruption import Interruption, note_the_stop, what_is_due
 from mini_llm.training.losses import combine_losses, mtp_options
 from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -277,7 +278,7 @@ def main(args: SftArguments) -> None:
         # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
         # micro-batches: long and short answers weigh by their tokens, wherever they were packed.
         num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
-        sums = torch.tensor([num_targets, *interruption.wishes()], device=accelerator.device)
+        sums = to_device(torch.tensor([num_targets, *interruption.wishes()]), accelerator.device)
         watchdog.beat("counting the step's tokens")
         sums = accelerator.reduce(sums, "sum")
 
@@ -320,11 +321,20 @@ def main(args: SftArguments) -> None:
         with timer.part("optimizer"):
             grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
-        fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
+        if load is not None and args.expert_bias_update_speed:
+            update_expert_bias(
+                model, load, speed=args.expert_bias_update_speed, grad_norm=grad_norm
+            )
+
+        # If one rank wishes to save or to stop, all do, after this step.
+        interruption.agree(sums[1:])
+        is_last = step == last_step or interruption.stop_now
+        due = what_is_due(args, step, is_last=is_last, save_now=interruption.save_now)
+        fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=due.anything)
         if fault is not None:
-            log.say(f"step {step} went wrong: {fault} (--bad_step_policy {args.bad_step_policy})")
+            log.say(f"{fault} (--bad_step_policy {args.bad_step_policy})")
             if args.bad_step_policy == "stop":
-                raise RuntimeError(f"step {step} went wrong: {fault}; see --bad_step_policy")
+                raise RuntimeError(f"{fault}; see --bad_step_policy")
             if args.bad_step_policy == "rewind":
                 bad_steps.rewind()
                 state = load_newest(accelerator, model, optimizer, output_dir)
@@ -333,8 +343,6 @@ def main(args: SftArguments) -> None:
                 log.rewind(step)
                 timer.restart()
                 continue
-        elif load is not None and args.expert_bias_update_speed:
-            update_expert_bias(model, load, speed=args.expert_bias_update_speed)
         timer.end_step(args.global_batch_tokens)
         log.advance()
 
@@ -346,11 +354,9 @@ def main(args: SftArguments) -> None:
                 plot_packing(output_dir, rows)
                 plot_attention_mask(output_dir, rows[0])
 
-        # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
-        interruption.agree(sums[1:])
-        is_last = step == last_step or interruption.stop_now
+        # Once in a while: log, evaluate, save.
         metrics: dict[str, Any] = {}
-        if step == 1 or step % args.logging_steps == 0 or is_last:
+        if due.log:
             losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
             metrics |= dict(zip(step_losses, losses, strict=True))
             metrics["train/perplexity"] = math.exp(min(losses[0], 700.0))
@@ -367,7 +373,7 @@ def main(args: SftArguments) -> None:
             metrics |= wire_metrics(accelerator, wire)
             if load is not None:
                 metrics |= load.metrics(args.expert_parallel_size) | bias_spread(model)
-        if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
+        if due.evaluate:
             evaluation = evaluate(
                 accelerator,
                 model,
@@ -380,8 +386,7 @@ def main(args: SftArguments) -> None:
             timer.restart()
         if metrics:
             log.write(step, metrics)
-        save_is_due = args.save_steps and step % args.save_steps == 0
-        if is_last or save_is_due or interruption.save_now:
+        if due.save:
             saved = save_checkpoint(
                 accelerator,
                 model,

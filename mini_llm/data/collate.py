@@ -41,6 +41,8 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     """
     import torch
 
+    from mini_llm.parallel.transfer import to_device
+
     if not rows:
         raise ValueError("collate needs at least one row")
     input_ids = np.stack([row["input_ids"] for row in rows]).astype(np.int64)
@@ -73,7 +75,7 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     cu_seq_lens = np.unique(np.append(boundaries, 0)).astype(np.int32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.reshape(num_rows, seq_len)).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(array.reshape(num_rows, seq_len)), device)
 
     return Batch(
         input_ids=tensor(input_ids),

@@ -11,6 +11,7 @@ next step's; :func:`update_expert_bias` is DeepSeek-V3's balancing without an au
         metrics |= load.metrics()                        # only when logging: reads the device
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -117,15 +118,22 @@ def bias_spread(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module, load: ExpertLoad, *, speed: float) -> None:
+def update_expert_bias(
+    model: nn.Module, load: ExpertLoad, *, speed: float, grad_norm: torch.Tensor | float = 0.0
+) -> None:
     """b_i += speed · sign(mean load − load_i), in fp32: overloaded experts become less attractive.
 
     Only for routers that have an ``e_score_correction_bias`` (E,). The same on all ranks, for
-    ``load`` is. Raises TypeError if a bias has lost its precision.
+    ``load`` is. Where ``grad_norm`` is not finite the step has changed no weight, and no bias
+    changes. Does not wait for the device. Raises TypeError if a bias has lost its precision.
     """
+    if isinstance(grad_norm, float):
+        speed = speed if math.isfinite(grad_norm) else 0.0
     routers = find_routers(model)
     counts_LE = load.counts.float()
     direction_LE = (counts_LE.mean(1, keepdim=True) - counts_LE).sign()
+    if isinstance(grad_norm, torch.Tensor):
+        direction_LE *= grad_norm.isfinite()
     for layer, direction_E in zip(load.layers, direction_LE, strict=True):
         bias = getattr(routers[layer], "e_score_correction_bias", None)
         if bias is None:
