@@ -12,6 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from .arguments import RunArguments
+from .wandb_tracker import WandbTracker
+
+PROJECT = "mini-llm"  # in W&B, and the folder of TensorBoard's files
 
 
 class MetricsLog:
@@ -167,18 +170,27 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: 
         key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
         for key, value in dataclasses.asdict(args).items()
     }
-    wandb_options = {
+    accelerator.log_with = [
+        WandbTracker(PROJECT, _wandb_options(args, logs, accelerator.is_main_process))
+        if name == "wandb"
+        else name
+        for name in map(str, accelerator.log_with)
+    ]
+    accelerator.init_trackers(
+        PROJECT,
+        config=settings,
+        init_kwargs={"tensorboard": {"purge_step": start_step + 1} if start_step else {}},
+    )
+    accelerator.wait_for_everyone()  # for rank 0, which waits for a server: no rank's first step
+
+
+def _wandb_options(args: RunArguments, logs: Path, is_main_process: bool) -> dict[str, Any]:
+    return {
         "name": args.run_name or Path(args.output_dir).name,
         "dir": str(logs),
-        "id": _wandb_run_id(logs) if accelerator.is_main_process else None,
+        "id": _wandb_run_id(logs) if is_main_process else None,
         "resume": "allow",
     }
-    tensorboard_options = {"purge_step": start_step + 1} if start_step else {}
-    accelerator.init_trackers(
-        "mini-llm",
-        config=settings,
-        init_kwargs={"wandb": wandb_options, "tensorboard": tensorboard_options},
-    )
 
 
 def _wandb_run_id(logs: Path) -> str:
