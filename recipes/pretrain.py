@@ -86,7 +86,7 @@ from mini_llm.training.run_folder import (
     write_run_facts,
 )
 from mini_llm.training.run_lock import RunLock
-from mini_llm.training.samples import print_samples
+from mini_llm.training.samples import PromptSamples, check_prompts
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
 from mini_llm.training.timing import StepTimer
 
@@ -98,6 +98,7 @@ def main(args: PretrainArguments) -> None:
     try:
         check_arguments(args, world_size())
         pusher = BackgroundPush(args, rank())
+        check_prompts(args.sample_prompts, chat=False)
         if args.quickstart_data and is_quickstart_data(args.data):
             build_quickstart_data(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
@@ -232,6 +233,16 @@ def main(args: PretrainArguments) -> None:
 
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)
+    samples = PromptSamples(
+        accelerator,
+        tokenizer,
+        output_dir,
+        args.sample_prompts,
+        chat=False,
+        max_new_tokens=args.sample_max_new_tokens,
+        seed=args.seed,
+        start_step=start_step,
+    )
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
     timer = StepTimer(
         accelerator,
@@ -366,6 +377,9 @@ def main(args: PretrainArguments) -> None:
             )
             metrics |= evaluation
             evaluated_at = step
+        if due.sample:
+            metrics |= samples.take(model, step)
+        if due.evaluate or due.sample:
             timer.restart()
         if metrics:
             log.write(step, metrics)
@@ -408,7 +422,7 @@ def main(args: PretrainArguments) -> None:
         if accelerator.is_main_process:
             plots = draw_plots(output_dir)
             print(f"drew {told(plots)}")
-            print_samples(output_dir, args.sample_prompts, args.sample_max_new_tokens, args.seed)
+            print(samples.text(), end="")
             print(f"wrote {write_report(output_dir)}")
             # With the curve and the samples, which were not there when it was saved.
             write_card(output_dir / "final", output_dir, picture=plots[0] if plots else None)

@@ -95,7 +95,7 @@ from mini_llm.training.run_folder import (
     write_run_facts,
 )
 from mini_llm.training.run_lock import RunLock
-from mini_llm.training.samples import ChatSamples, check_chat_prompts
+from mini_llm.training.samples import PromptSamples, check_prompts
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
 from mini_llm.training.timing import StepTimer
 
@@ -107,7 +107,7 @@ def main(args: SftArguments) -> None:
     try:
         check_arguments(args, world_size())
         pusher = BackgroundPush(args, rank())
-        check_chat_prompts(args.sample_prompts)
+        check_prompts(args.sample_prompts, chat=True)
         pretrained = pretrained_folder(args.model)
         args.tokenizer = args.tokenizer or str(pretrained)
         if args.quickstart_data and is_quickstart_data(args.data):
@@ -239,12 +239,14 @@ def main(args: SftArguments) -> None:
 
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)
-    samples = ChatSamples(
+    samples = PromptSamples(
         accelerator,
         tokenizer,
         output_dir,
         args.sample_prompts,
+        chat=True,
         max_new_tokens=args.sample_max_new_tokens,
+        seed=args.seed,
         start_step=start_step,
     )
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
@@ -381,8 +383,11 @@ def main(args: SftArguments) -> None:
                 batch_size=args.per_device_eval_batch_size,
                 token_bytes=token_bytes,
             )
-            metrics |= evaluation | samples.take(model, step)
+            metrics |= evaluation
             evaluated_at = step
+        if due.sample:
+            metrics |= samples.take(model, step)
+        if due.evaluate or due.sample:
             timer.restart()
         if metrics:
             log.write(step, metrics)

@@ -113,7 +113,9 @@ class RunArguments:
         None,
     )
     run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
-    sample_prompts: list[Any] = _arg("prompts to complete when training ends (JSON list)", [])
+    sample_prompts: list[Any] = _arg(
+        "begins of texts to continue at every evaluation and when training ends (JSON list)", []
+    )
     sample_max_new_tokens: int = _arg("most tokens generated for each sample prompt", 64)
     # Checkpoints
     save_steps: int = _arg("steps between checkpoints (0: only when the run ends or stops)", 500)
@@ -231,8 +233,8 @@ class SftArguments(RunArguments):
         "steps between evaluations on the held-out rows, and samples (0: never)", 100
     )
     sample_prompts: list[Any] = _arg(
-        "what to ask at every evaluation: questions, or lists of messages that end with one (JSON "
-        "list)",
+        "what to ask at every evaluation and when training ends: questions, or lists of messages "
+        "that end with one (JSON list)",
         [],
     )
     sample_max_new_tokens: int = _arg("most tokens of an answer", 256)

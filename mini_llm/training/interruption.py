@@ -90,20 +90,22 @@ class Due:
 
     log: bool
     evaluate: bool
+    sample: bool
     save: bool
 
     @property
     def anything(self) -> bool:
         """Whether the host will wait for the device anyway."""
-        return self.log or self.evaluate or self.save
+        return self.log or self.evaluate or self.sample or self.save
 
 
 def what_is_due(args: RunArguments, step: int, *, is_last: bool, save_now: bool) -> Due:
     """What ``args`` ask for after step ``step`` (from 1); the first and the last are logged too."""
+    evaluate = args.eval_steps > 0 and (step % args.eval_steps == 0 or step in (1, args.max_steps))
     return Due(
         log=is_last or step == 1 or step % args.logging_steps == 0,
-        evaluate=args.eval_steps > 0
-        and (step % args.eval_steps == 0 or step in (1, args.max_steps)),
+        evaluate=evaluate,
+        sample=bool(args.sample_prompts) and (evaluate or step == args.max_steps),
         save=is_last or save_now or (args.save_steps > 0 and step % args.save_steps == 0),
     )
 

@@ -63,7 +63,9 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
         "step-4",  # save_total_limit 2: step-2 went
         "step-6",
     ]
-    assert (finished_run / "samples.txt").read_text().count("--- sample") == 2
+    samples = (finished_run / "samples.txt").read_text()
+    assert re.findall(r"^=== step (\d+)", samples, re.MULTILINE) == ["1", "3", "6"]
+    assert samples.count("--- prompt 1") == samples.count("--- answer 2") == 3
     tensorboard = list((finished_run / "logs").rglob("events.out.tfevents*"))
     assert any(path.stat().st_size > 500 for path in tensorboard)
 
@@ -93,7 +95,7 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
         *("perf/step_seconds", "perf/data_seconds", "perf/forward_seconds"),
         *("perf/backward_seconds", "perf/optimizer_seconds", "perf/communication_seconds"),
         "perf/peak_memory_bytes",
-        *("eval/tiny/loss", "eval/tiny/bits_per_byte"),
+        *("eval/tiny/loss", "eval/tiny/bits_per_byte", "samples/stopped", "samples/tokens"),
     }
     assert last["perf/mfu"] is None  # a CPU's peak is not known
     assert np.isclose(last["train/perplexity"], np.exp(last["train/loss"]))

@@ -39,6 +39,7 @@ def test_nothing_is_logged_or_saved_before_its_step_was_looked_at(late):
 
 def test_what_is_due_at_a_step():
     args = SimpleNamespace(logging_steps=4, eval_steps=6, save_steps=0, max_steps=9)
+    args.sample_prompts = []
 
     def due(step, **facts):
         found = what_is_due(args, step, **{"is_last": False, "save_now": False, **facts})
