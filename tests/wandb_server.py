@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,7 +18,7 @@ KEY = "0123456789012345678901234567890123456789"
 
 
 class WandbServer(ThreadingHTTPServer):
-    """``history[run]`` are the lines that came, by their number; ``saved`` are saved workspaces.
+    """``history[run]`` are the lines that came, by their number; ``operations`` what was asked for.
 
     ``fault`` is HANG or REFUSE for all requests, or for those whose path or operation is
     ``fault_of``.
@@ -68,12 +69,13 @@ class Handler(BaseHTTPRequestHandler):
             content = json.loads(body)
         except ValueError:
             content = {}
-        operation = content.get("operationName") or self.path.rsplit("/", 1)[-1]
+        named = re.match(r"\s*(?:query|mutation)\s+(\w+)", content.get("query", ""))
+        operation = named[1] if named else self.path.rsplit("/", 1)[-1]
         if self.server.fault and self.server.fault_of in ("", operation):
             if self.server.fault == HANG:
                 self.server.closing.wait()
             self._answer(401, {"errors": [{"message": "user is not logged in"}]})
-        elif "operationName" in content:
+        elif named:
             variables = content.get("variables") or {}
             self.server.operations.append((operation, variables))
             self._answer(200, {"data": self._data(operation, variables)})
@@ -115,6 +117,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
             },
             "RunResumeStatus": {"model": {**project, "bucket": bucket if lines else None}},
+            "UpsertView2": {"upsertView": {"view": {"id": "v", "name": name}, "inserted": True}},
             "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": not lines}},
             "CreateRunFiles": {
                 "createRunFiles": {"runID": "cnVu", "uploadHeaders": [], "files": files}

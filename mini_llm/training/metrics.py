@@ -12,9 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from .arguments import RunArguments
-from .wandb_tracker import WandbTracker
-
-PROJECT = "mini-llm"  # in W&B, and the folder of TensorBoard's files
+from .wandb_tracker import PROJECT, WandbTracker
 
 
 class MetricsLog:

@@ -24,6 +24,8 @@ from mini_llm.hub.export import base_generation_config, chat_generation_config
 from mini_llm.parallel.expert_parallel import stock_state_dict
 from mini_llm.parallel.watchdog import beat
 
+from .wandb_tracker import SAMPLES
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -182,9 +184,9 @@ class PromptSamples:
             if tracker.name == "wandb":
                 columns = [field.name for field in dataclasses.fields(Answer)]
                 rows = [list(dataclasses.astuple(answer)) for answer in self.answers]
-                tracker.log_table("samples/answers", columns=columns, data=rows, step=step)
+                tracker.log_table(SAMPLES, columns=columns, data=rows, step=step)
             elif tracker.name == "tensorboard":
-                tracker.log({"samples/answers": _markdown_table(answers)}, step=step)
+                tracker.log({SAMPLES: _markdown_table(answers)}, step=step)
 
     def _rewrite(self, answers: list[Answer]) -> None:
         self.answers = answers

@@ -14,6 +14,8 @@ from typing import Any
 from accelerate.tracking import WandBTracker, on_main_process
 from tqdm import tqdm
 
+PROJECT = "mini-llm"
+SAMPLES = "samples/answers"  # the table
 # The x-axis. W&B's own count of steps cannot go back: it drops or shifts what a resumed or rewound
 # run logs again.
 STEP = "step"
