@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 HANG, REFUSE = "hang", "refuse"
@@ -50,6 +55,66 @@ class WandbServer(ThreadingHTTPServer):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def uploaded_history(run: Path) -> dict[int, dict[str, Any]]:
+    """What W&B's own ``wandb sync`` uploads of a run folder: its metrics by optimizer step.
+
+    Fails the test where the parts of the run do not become one W&B run.
+    """
+    parts = sorted((run / "logs/wandb").glob("offline-run-*"))
+    with WandbServer() as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", *map(str, parts)],
+            env={**os.environ, **server.environment(), "WANDB_ERROR_REPORTING": "false"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout
+        assert len(server.history) == 1, list(server.history)
+    (lines,) = server.history.values()
+    steps: dict[int, dict[str, Any]] = {}
+    for number in sorted(lines):
+        values = {k: v for k, v in lines[number].items() if not k.startswith("_")}
+        steps.setdefault(values.pop("step"), {}).update(values)
+    return steps
+
+
+def recorded_history(run: Path) -> dict[int, dict[str, Any]]:
+    """What lies in the W&B files of a run folder, read without W&B: its metrics by optimizer step.
+
+    A file is a LevelDB log (blocks of 32 KiB; chunks of checksum, length, kind) of W&B's records.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps: dict[int, dict[str, Any]] = {}
+    for path in sorted((run / "logs/wandb").glob("offline-run-*/run-*.wandb")):
+        for content in _leveldb_records(path.read_bytes()):
+            record = Record.FromString(content)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                # Of a table, which has several items under one name, the last is enough.
+                line = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in items}
+                values = {k: v for k, v in line.items() if not k.startswith("_")}
+                steps.setdefault(values.pop("step"), {}).update(values)
+    return steps
+
+
+def _leveldb_records(data: bytes) -> Iterator[bytes]:
+    place, parts = 7, b""  # after W&B's own header
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
 
 
 class Handler(BaseHTTPRequestHandler):
