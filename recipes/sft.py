@@ -268,6 +268,7 @@ def main(args: SftArguments) -> None:
         step += 1
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
+        timer.begin_step(is_logged=what_is_due(args, step, is_last=step == last_step).log)
         micro_batches = []
         watchdog.beat("reading data", step)
         with timer.part("data"):

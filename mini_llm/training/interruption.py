@@ -99,7 +99,7 @@ class Due:
         return self.log or self.evaluate or self.sample or self.save
 
 
-def what_is_due(args: RunArguments, step: int, *, is_last: bool, save_now: bool) -> Due:
+def what_is_due(args: RunArguments, step: int, *, is_last: bool, save_now: bool = False) -> Due:
     """What ``args`` ask for after step ``step`` (from 1); the first and the last are logged too."""
     evaluate = args.eval_steps > 0 and (step % args.eval_steps == 0 or step in (1, args.max_steps))
     return Due(

@@ -1,6 +1,7 @@
 """Where the time of optimizer steps goes: tokens per second, MFU, the parts of a step, memory."""
 
 import contextlib
+import math
 import resource
 import sys
 from collections import deque
@@ -44,6 +45,7 @@ class StepTimer:
 
         timer = StepTimer(accelerator, flops_per_token=…, peak=None)
         for step in …:
+            timer.begin_step(is_logged=…)
             with timer.part("data"): …
             with timer.part("forward"): …
             with timer.part("backward"): …
@@ -55,7 +57,8 @@ class StepTimer:
                 timer.restart()
 
     On a GPU, which works behind the host, parts are timed by events in its stream, and the host
-    waits for it in :meth:`read` and :meth:`restart` alone. Reading data is timed on the host.
+    waits for it in :meth:`read` and :meth:`restart` alone. Reading data is timed on the host, and
+    collectives in steps that will be logged alone.
     """
 
     def __init__(
@@ -68,8 +71,17 @@ class StepTimer:
         self._clock = clock_of(self._device)
         self._host = HostClock()
         self._collectives = CollectiveTimes(self._device, self._clock)
+        self._times_collectives = False
         self._spans: deque[tuple[Part, Any, Any]] = deque()  # that the device has yet to do
         self.restart()
+
+    def begin_step(self, *, is_logged: bool) -> None:
+        """An optimizer step begins; if ``is_logged`` it will be read."""
+        self._times_collectives = is_logged
+        if is_logged:
+            self._collectives.open()
+        else:
+            self._collectives.close()
 
     @contextlib.contextmanager
     def part(self, name: Part) -> Iterator[None]:
@@ -102,6 +114,7 @@ class StepTimer:
         """The ``perf/…`` metrics of the interval; begins the next. A collective of all ranks.
 
         Times are those of one step, means over the interval's steps and over ranks;
+        ``communication_seconds`` is that of the last step, nan if that was not announced as logged;
         ``peak_memory_bytes`` is the largest of the ranks. Raises RuntimeError without a step.
         """
         if not self._steps:
@@ -109,8 +122,10 @@ class StepTimer:
         now = self._now()
         self._add_up()
         times = [now - self._began, *(self._seconds[part] for part in PARTS)]
-        times.append(self._collectives.time.read())
-        here = [*(seconds / self._steps for seconds in times), float(self._peak_memory())]
+        communication = self._collectives.time.read() if self._times_collectives else math.nan
+        self._collectives.close()
+        here = [*(seconds / self._steps for seconds in times), communication]
+        here.append(float(self._peak_memory()))
         found = torch.tensor([here], dtype=torch.float64, device=self._device)
         ranks: torch.Tensor = self._accelerator.gather(found)
         step_seconds, *parts, communication, _ = ranks.mean(0).tolist()
@@ -143,7 +158,6 @@ class StepTimer:
         self._began = now
         self._steps = self._tokens = 0
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-        self._collectives.time.read()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 

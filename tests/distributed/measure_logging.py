@@ -1,10 +1,11 @@
-"""What logging costs: CPU time of steps with and without it, in turns, in one process.
+"""What logging costs: its CPU time beside that of the steps it is for, in turns, in one process.
 
-    python tests/distributed/measure_logging.py [--repeats 30] [--tokens 2048]
+    python tests/distributed/measure_logging.py [--repeats 20] [--tokens 512]
 
-A turn is the default --logging_steps, 10, of optimizer steps of mini_deepseekv3_tiny, timed by
-parts and logged once, to metrics.jsonl, TensorBoard and W&B (offline), or neither timed nor logged.
-Of W&B's own process the CPU time is shown beside it.
+A turn computes as many optimizer steps of mini_deepseekv3_tiny as the default --logging_steps; the
+next does all that timing their parts and logging them once adds, to metrics.jsonl, TensorBoard and
+W&B (offline), and computes nothing. So the small figure is no difference of two large ones. The
+CPU time of W&B's own process is shown beside it.
 """
 
 # ruff: noqa: E402
@@ -34,15 +35,15 @@ from mini_llm.training.arguments import PretrainArguments
 from mini_llm.training.balancing import bias_spread, take_expert_load
 from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer
-from mini_llm.training.timing import StepTimer
+from mini_llm.training.timing import PARTS, StepTimer
 
 STEPS = PretrainArguments(output_dir="", model="", tokenizer="").logging_steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=512, help="of a step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -60,52 +61,45 @@ def main() -> None:
     tokens = TokenCounter(accelerator, sources=["a"])
     timer = StepTimer(accelerator, flops_per_token=1.0, peak=1e12)
     step = 0
+    loss: Any = None
+    norm: Any = None
+    load: Any = None
 
-    def compute(part: Any = None) -> tuple[Any, Any, Any]:
-        if part is None:
+    def compute() -> None:
+        nonlocal norm, load, loss
+        for _ in range(STEPS):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             engine.backward(accelerator, model, loss)
             norm = engine.optimizer_step(accelerator, model, optimizer, 1.0)
-        else:
-            with part("data"):
-                pass
-            with part("forward"):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            with part("backward"):
-                engine.backward(accelerator, model, loss)
-            with part("optimizer"):
-                norm = engine.optimizer_step(accelerator, model, optimizer, 1.0)
-        return loss.detach(), norm, take_expert_load(model)
+            load = take_expert_load(model)
 
-    def logged() -> None:
+    def time_and_log() -> None:
         nonlocal step
         for _ in range(STEPS):
             step += 1
-            loss, norm, load = compute(timer.part)
+            timer.begin_step(is_logged=step % STEPS == 0)
+            for part in PARTS:
+                with timer.part(part):
+                    pass
             timer.end_step(options.tokens)
-        metrics: dict[str, Any] = {"train/loss": float(accelerator.reduce(loss, "sum"))}
+        metrics = {"train/loss": float(accelerator.reduce(loss.detach(), "sum"))}
         metrics |= {"train/grad_norm": float(norm), "train/lr": 1e-3} | tokens.read()
         metrics |= timer.read() | load.metrics() | bias_spread(model)
         log.write(step, metrics)
-
-    def bare() -> None:
-        for _ in range(STEPS):
-            compute()
-        timer.restart()
 
     def wandb_seconds() -> float:
         children = psutil.Process().children(recursive=True)
         return float(sum(sum(child.cpu_times()[:2]) for child in children))
 
-    logged()
     before = wandb_seconds()
-    found = interleaved({"bare": bare, "logged": logged}, options.repeats)
+    found = interleaved({"steps": compute, "logging": time_and_log}, options.repeats)
     aside = (wandb_seconds() - before) / (options.repeats + 1)
-    difference = statistics.median(b - a for a, b in zip(*found.values(), strict=True))
-    turn = statistics.median(found["bare"])
+    steps, logging = (statistics.median(taken) for taken in found.values())
     print(
-        f"a step {1e3 * turn / STEPS:.1f} ms of CPU time; logging adds {difference / turn:+.2%} "
-        f"(median of {options.repeats} turns); W&B's process {aside / turn:.2%}"
+        f"a step {1e3 * steps / STEPS:.1f} ms of CPU time; timing and logging {STEPS} of them "
+        f"{1e3 * logging:.2f} ms ({1e3 * min(found['logging']):.2f} to "
+        f"{1e3 * max(found['logging']):.2f}), {logging / steps:.2%} of theirs; W&B's process "
+        f"{1e3 * aside:.2f} ms"
     )
     engine.leave(accelerator)
 

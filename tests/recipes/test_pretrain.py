@@ -20,6 +20,8 @@ from mini_llm.data import load_tokenizer
 from mini_llm.training.run_folder import code_version
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
+from tests.metrics_page import names_without_a_row
+from tests.trackers import assert_trackers_have_what_metrics_jsonl_has
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,12 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
     assert np.isclose(last["train/perplexity"], np.exp(last["train/loss"]))
     assert 0.9 * 6 * 1024 < last["train/tokens"] <= 6 * 1024  # packed rows are nearly full
     assert last["train/tokens"] == last["data/tiny/tokens"]
+
+
+def test_the_trackers_have_what_metrics_jsonl_has_under_documented_names(finished_run):
+    assert_trackers_have_what_metrics_jsonl_has(finished_run)
+    names = {name for line in metrics(finished_run) for name in line} - {"step"}
+    assert names_without_a_row(names) == []
 
 
 def test_held_out_loss_equals_a_plain_evaluation_of_the_final_model(finished_run, tiny_data):

@@ -11,33 +11,10 @@ import pytest
 from tests.conftest import TINY_MODELS, TinyConversations, TinyData
 from tests.launching import SFT_RUN, TINY_RUN, launch, launch_several, metrics, series
 from tests.metrics_page import documented_metrics, names_without_a_row
+from tests.trackers import assert_trackers_have_what_metrics_jsonl_has
 from tests.wandb_server import recorded_history, uploaded_history
 
 LLAMA, DEEPSEEK, QWEN = TINY_MODELS
-
-
-def assert_trackers_have_what_metrics_jsonl_has(run: Path) -> None:
-    """Both trackers: every number of every logged step, and nothing else."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    expected = {
-        line["step"]: {
-            name: value
-            for name, value in line.items()
-            if name != "step" and value is not None and not isinstance(value, list)
-        }
-        for line in metrics(run)
-    }
-    recorded = recorded_history(run)
-    for values in recorded.values():
-        values.pop("samples/answers", None)
-    assert recorded == expected
-    board = EventAccumulator(str(run / "logs" / "mini-llm")).Reload()
-    tags = board.Tags()
-    assert set(tags["scalars"]) == {name for values in expected.values() for name in values}
-    for name in tags["scalars"]:
-        for point in board.Scalars(name):
-            assert point.value == pytest.approx(expected[point.step][name], rel=1e-6)
 
 
 def test_interrupted_run_goes_on_as_one_tensorboard_curve_and_one_wandb_run(
@@ -169,5 +146,7 @@ def test_parts_of_a_step_lie_within_it(run_of, name) -> None:
         parts = [line[f"perf/{p}_seconds"] for p in ("data", "forward", "backward", "optimizer")]
         assert all(part > 0 for part in parts)
         assert sum(parts) <= line["perf/step_seconds"]
-        assert 0 < line["perf/communication_seconds"] <= line["perf/step_seconds"]
+        assert line["perf/communication_seconds"] > 0
+        if line["step"] == 1:  # else the mean of several steps stands beside that of one
+            assert line["perf/communication_seconds"] <= line["perf/step_seconds"]
         assert line["perf/mfu"] > 0 and line["perf/peak_memory_bytes"] > 1e8

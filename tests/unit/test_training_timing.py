@@ -1,5 +1,7 @@
 """Times of steps and of their parts, on clocks that the test sets."""
 
+import math
+
 import pytest
 from accelerate import Accelerator
 
@@ -44,6 +46,7 @@ def timer(monkeypatch):
 
 
 def a_step(timer, parts: dict[str, float], tokens: int = 100) -> None:
+    timer.begin_step(is_logged=True)
     for name, seconds in parts.items():
         with timer.part(name):
             timer.host.next += seconds
@@ -96,6 +99,13 @@ def test_utilisation_is_none_where_the_peak_is_unknown_and_of_all_devices_where_
     timer._peak = 1000.0
     a_step(timer, {"forward": 2})
     assert timer.read()["perf/mfu"] == pytest.approx(100 * 6.0 / 2 / 1000)
+
+
+def test_communication_of_a_step_that_was_not_to_be_logged_is_not_a_number(timer):
+    timer.device.done = 1e9
+    timer.begin_step(is_logged=False)
+    timer.end_step(1)
+    assert math.isnan(timer.read()["perf/communication_seconds"])
 
 
 @pytest.mark.parametrize(
