@@ -56,7 +56,7 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
     total = facts(finished_run)["parameters"]["total"]
     assert f"{total:,} parameters, trained for 6 of 6 optimizer steps" in report
     assert report.count("data:image/png;base64,") == len(list((finished_run / "plots").iterdir()))
-    assert "--- sample 2" in report  # it was written after them
+    assert "--- answer 2" in report  # it was written after them
     assert {path.name for path in (finished_run / "final").iterdir()} >= {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),

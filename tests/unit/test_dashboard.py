@@ -4,14 +4,12 @@ import json
 import re
 
 import pytest
+from wandb_workspaces.workspaces.internal import WorkspaceViewspec
 
-workspaces = pytest.importorskip("wandb_workspaces.workspaces")
-
-from wandb_workspaces.workspaces.internal import WorkspaceViewspec  # noqa: E402
-
-from mini_llm import dashboard  # noqa: E402
-from tests.metrics_page import documented_metrics  # noqa: E402
-from tests.wandb_server import REFUSE, WandbServer  # noqa: E402
+import wandb
+from mini_llm import dashboard
+from tests.metrics_page import documented_metrics
+from tests.wandb_server import REFUSE, WandbServer
 
 
 def names_of(pattern: str) -> str:
@@ -49,8 +47,6 @@ def test_what_is_printed_is_the_librarys_own_model_of_those_panels_over_steps(ca
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """No key of whoever runs this."""
-    import wandb
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     wandb.teardown()

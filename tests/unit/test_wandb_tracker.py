@@ -4,12 +4,11 @@ import time
 
 import pytest
 
-wandb = pytest.importorskip("wandb")
-
-from mini_llm.parallel.environment import free_port  # noqa: E402
-from mini_llm.training import wandb_tracker  # noqa: E402
-from mini_llm.training.wandb_tracker import WandbTracker  # noqa: E402
-from tests.wandb_server import HANG, REFUSE, WandbServer  # noqa: E402
+import wandb
+from mini_llm.parallel.environment import free_port
+from mini_llm.training import wandb_tracker
+from mini_llm.training.wandb_tracker import WandbTracker
+from tests.wandb_server import HANG, REFUSE, WandbServer
 
 
 @pytest.fixture
