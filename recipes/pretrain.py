@@ -58,10 +58,11 @@ from mini_llm.parallel.engine_state import EngineMismatch, describe_engine, load
 from mini_llm.parallel.expert_parallel import find_wire, spread_experts, wire_metrics
 from mini_llm.parallel.held_bytes import HeldBytes
 from mini_llm.parallel.rank_log import open_rank_log
+from mini_llm.parallel.transfer import to_device
 from mini_llm.plots import draw_plots, told
 from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
-from mini_llm.training.balancing import take_expert_load, update_expert_bias
+from mini_llm.training.balancing import bias_spread, take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
 from mini_llm.training.checkpoint import (
     find_checkpoint,
@@ -71,9 +72,9 @@ from mini_llm.training.checkpoint import (
     stream_state,
 )
 from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
-from mini_llm.training.interruption import Interruption, note_the_stop
+from mini_llm.training.interruption import Interruption, note_the_stop, what_is_due
 from mini_llm.training.losses import combine_losses, mtp_weight_at
-from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
+from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
@@ -85,8 +86,9 @@ from mini_llm.training.run_folder import (
     write_run_facts,
 )
 from mini_llm.training.run_lock import RunLock
-from mini_llm.training.samples import print_samples
+from mini_llm.training.samples import PromptSamples, check_prompts
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
+from mini_llm.training.timing import StepTimer
 
 
 def main(args: PretrainArguments) -> None:
@@ -96,6 +98,7 @@ def main(args: PretrainArguments) -> None:
     try:
         check_arguments(args, world_size())
         pusher = BackgroundPush(args, rank())
+        check_prompts(args.sample_prompts, chat=False)
         if args.quickstart_data and is_quickstart_data(args.data):
             build_quickstart_data(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
@@ -235,11 +238,21 @@ def main(args: PretrainArguments) -> None:
 
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)
+    samples = PromptSamples(
+        accelerator,
+        tokenizer,
+        output_dir,
+        args.sample_prompts,
+        chat=False,
+        max_new_tokens=args.sample_max_new_tokens,
+        seed=args.seed,
+        start_step=start_step,
+    )
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
-    throughput = Throughput(
-        training_flops_per_token(config, parameters, args.seq_len),
-        accelerator.device,
-        accelerator.num_processes,
+    timer = StepTimer(
+        accelerator,
+        flops_per_token=training_flops_per_token(config, parameters, args.seq_len),
+        peak=args.peak_flops,
     )
     print_banner(args, accelerator, model, parameters, held_out, identity, hosts, start_step)
     evaluation: dict[str, float] = {}
@@ -254,17 +267,19 @@ def main(args: PretrainArguments) -> None:
         step += 1
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
+        timer.begin_step(is_logged=what_is_due(args, step, is_last=step == last_step).log)
         micro_batches = []
         watchdog.beat("reading data", step)
-        for _ in range(accumulation):
-            rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
-            tokens.add(rows)
-            micro_batches.append(collate(rows, accelerator.device))
+        with timer.part("data"):
+            for _ in range(accumulation):
+                rows = [next(stream) for _ in range(args.per_device_train_batch_size)]
+                tokens.add(rows)
+                micro_batches.append(collate(rows, accelerator.device))
 
         # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
         # micro-batches, so it does not depend on how the step is divided.
         num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
-        sums = torch.tensor([num_targets, *interruption.wishes()], device=accelerator.device)
+        sums = to_device(torch.tensor([num_targets, *interruption.wishes()]), accelerator.device)
         watchdog.beat("counting the step's tokens")
         sums = accelerator.reduce(sums, "sum")
 
@@ -289,42 +304,53 @@ def main(args: PretrainArguments) -> None:
         )
         for i, batch in enumerate(micro_batches):
             with engine.accumulate(model, last=i == accumulation - 1):
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    documents=batch["documents"],
-                    labels=batch["labels"],
-                    num_items_in_batch=sums[0],
-                    use_cache=False,
-                )
-                loss, parts = combine_losses(
-                    outputs,
-                    mtp_weight=mtp_weight,
-                    balance_weight=args.balance_loss_weight,
-                    micro_batches=accumulation * accelerator.num_processes,
-                )
-                engine.backward(accelerator, model, loss)
+                with timer.part("forward"):
+                    outputs = model(
+                        input_ids=batch["input_ids"],
+                        position_ids=batch["position_ids"],
+                        documents=batch["documents"],
+                        labels=batch["labels"],
+                        num_items_in_batch=sums[0],
+                        use_cache=False,
+                    )
+                    loss, parts = combine_losses(
+                        outputs,
+                        mtp_weight=mtp_weight,
+                        balance_weight=args.balance_loss_weight,
+                        micro_batches=accumulation * accelerator.num_processes,
+                    )
+                with timer.part("backward"):
+                    engine.backward(accelerator, model, loss)
             for name, part in parts.items():
                 step_losses[name] = step_losses.get(name, 0) + part.float()
             if step == start_step + 1:
                 held.note_gradients()
-        grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        with timer.part("optimizer"):
+            grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
-        fault = bad_steps.fault(step_losses["train/loss"], grad_norm)
+        if load is not None:
+            update_expert_bias(
+                model, load, speed=args.expert_bias_update_speed, grad_norm=grad_norm
+            )
+
+        # If one rank wishes to save or to stop, all do, after this step.
+        interruption.agree(sums[1:])
+        is_last = step == last_step or interruption.stop_now
+        due = what_is_due(args, step, is_last=is_last, save_now=interruption.save_now)
+        fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=due.anything)
         if fault is not None:
-            log.say(f"step {step} went wrong: {fault} (--bad_step_policy {args.bad_step_policy})")
+            log.say(f"{fault} (--bad_step_policy {args.bad_step_policy})")
             if args.bad_step_policy == "stop":
-                raise RuntimeError(f"step {step} went wrong: {fault}; see --bad_step_policy")
+                raise RuntimeError(f"{fault}; see --bad_step_policy")
             if args.bad_step_policy == "rewind":
                 bad_steps.rewind()
                 state = load_newest(accelerator, model, optimizer, output_dir)
                 step = state["step"]
                 tokens.load_state_dict(state["tokens"])
                 log.rewind(step)
+                timer.restart()
                 continue
-        elif load is not None:
-            update_expert_bias(model, load, speed=args.expert_bias_update_speed)
-        throughput.add(args.global_batch_tokens)
+        timer.end_step(args.global_batch_tokens)
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds
@@ -332,11 +358,9 @@ def main(args: PretrainArguments) -> None:
                 output_dir, args, accelerator, model, optimizer, parameters, identity, held.read()
             )
 
-        # Once in a while: log, evaluate, save. If one rank wishes to stop, all do, after this step.
-        interruption.agree(sums[1:])
-        is_last = step == last_step or interruption.stop_now
+        # Once in a while: log, evaluate, save.
         metrics: dict[str, Any] = {}
-        if step == 1 or step % args.logging_steps == 0 or is_last:
+        if due.log:
             losses = accelerator.reduce(torch.stack(list(step_losses.values())), "sum").tolist()
             metrics |= dict(zip(step_losses, losses, strict=True))
             metrics["train/perplexity"] = math.exp(min(losses[0], 700.0))
@@ -346,11 +370,11 @@ def main(args: PretrainArguments) -> None:
             metrics |= tokens.read()
             for name, reasons in rejected_rows(stream).items():
                 metrics[f"data/{name}/rejected"] = reasons.total()
-            metrics |= throughput.read()
+            metrics |= timer.read()
             metrics |= wire_metrics(accelerator, wire)
             if load is not None:
-                metrics |= load.metrics(args.expert_parallel_size)
-        if args.eval_steps and (step == 1 or step % args.eval_steps == 0 or step == args.max_steps):
+                metrics |= load.metrics(args.expert_parallel_size) | bias_spread(model)
+        if due.evaluate:
             evaluation = evaluate(
                 accelerator,
                 model,
@@ -360,11 +384,13 @@ def main(args: PretrainArguments) -> None:
             )
             metrics |= evaluation
             evaluated_at = step
-            throughput.restart()
+        if due.sample:
+            metrics |= samples.take(model, step)
+        if due.evaluate or due.sample:
+            timer.restart()
         if metrics:
             log.write(step, metrics)
-        save_is_due = args.save_steps and step % args.save_steps == 0
-        if is_last or save_is_due or interruption.save_now:
+        if due.save:
             saved = save_checkpoint(
                 accelerator,
                 model,
@@ -384,7 +410,7 @@ def main(args: PretrainArguments) -> None:
             log.say(f"saved {saved}")
             pusher.send(saved)
             interruption.saved()
-            throughput.restart()
+            timer.restart()
         if interruption.stop_now:
             log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
             note_the_stop()
@@ -395,6 +421,7 @@ def main(args: PretrainArguments) -> None:
         log.say(line)
     stream.close()
     log.close()
+    timer.close()
     interruption.close()
     watchdog.rest("finishing")
     if step == args.max_steps:
@@ -402,7 +429,7 @@ def main(args: PretrainArguments) -> None:
         if accelerator.is_main_process:
             plots = draw_plots(output_dir)
             print(f"drew {told(plots)}")
-            print_samples(output_dir, args.sample_prompts, args.sample_max_new_tokens, args.seed)
+            print(samples.text(), end="")
             print(f"wrote {write_report(output_dir)}")
             # With the curve and the samples, which were not there when it was saved.
             write_card(output_dir / "final", output_dir, picture=plots[0] if plots else None)

@@ -47,6 +47,7 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     import torch
 
     from mini_llm.models.common.documents import Documents
+    from mini_llm.parallel.transfer import to_device
 
     if not rows:
         raise ValueError("collate needs at least one row")
@@ -82,7 +83,7 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
     document_lengths = np.diff(np.flatnonzero(position_ids == 0), append=num_rows * seq_len)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.reshape(num_rows, seq_len)).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(array.reshape(num_rows, seq_len)), device)
 
     return Batch(
         input_ids=tensor(input_ids),

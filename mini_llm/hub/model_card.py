@@ -147,7 +147,7 @@ def write_card(
         training=_table(_training_rows(args, facts, progress)),
         picture=f"\n![loss over optimizer steps]({PICTURE})\n" if picture else "",
         evaluation=_evaluation(progress) + _benchmarks(run, step, progress.get("step")),
-        samples=_samples(run, step, chat),
+        samples=_samples(run, step),
         tokens=tokens,
         licence=_licence(license or args.hub_license, chat),
     )
@@ -321,16 +321,16 @@ def _benchmarks(run: Path, step: int | None, last_step: int | None) -> str:
     return f"\n## Benchmarks\n\n{text}\n" if text else ""
 
 
-def _samples(run: Path, step: int | None, chat: bool) -> str:
+def _samples(run: Path, step: int | None) -> str:
     """What the model wrote, in a fence that no text can close; "" where nothing is known."""
     path = run / "samples.txt"
-    if not path.is_file() or (step is not None and not chat):  # completions belong to final/
+    if not path.is_file():
         return ""
     text = path.read_bytes().decode(errors="replace")
-    if chat:  # answers of every evaluation: those of the last one up to this step
-        blocks = re.split(r"^(?==== step \d)", text, flags=re.MULTILINE)
-        numbered = [(int(found[1]), b) for b in blocks if (found := re.match(r"=== step (\d+)", b))]
-        text = next((b for n, b in reversed(numbered) if step is None or n <= step), "")
+    # Of every evaluation: those of the last one up to this step.
+    blocks = re.split(r"^(?==== step \d)", text, flags=re.MULTILINE)
+    numbered = [(int(found[1]), b) for b in blocks if (found := re.match(r"=== step (\d+)", b))]
+    text = next((b for n, b in reversed(numbered) if step is None or n <= step), "")
     if not text:
         return ""
     text = re.sub(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f]", "�", text)

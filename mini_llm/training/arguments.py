@@ -109,8 +109,15 @@ class RunArguments:
         "held-out rows per source and evaluation (0: all; raw text needs a limit)", 256
     )
     report_to: str = _arg("trackers, comma-separated: tensorboard, wandb; or none", "tensorboard")
+    peak_flops: float | None = _arg(
+        "bf16 FLOP/s that one device can do at most, for perf/mfu (default: what is known of the "
+        "GPU)",
+        None,
+    )
     run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
-    sample_prompts: list[Any] = _arg("prompts to complete when training ends (JSON list)", [])
+    sample_prompts: list[Any] = _arg(
+        "begins of texts to continue at every evaluation and when training ends (JSON list)", []
+    )
     sample_max_new_tokens: int = _arg("most tokens generated for each sample prompt", 64)
     # Checkpoints
     save_steps: int = _arg("steps between checkpoints (0: only when the run ends or stops)", 500)
@@ -228,8 +235,8 @@ class SftArguments(RunArguments):
         "steps between evaluations on the held-out rows, and samples (0: never)", 100
     )
     sample_prompts: list[Any] = _arg(
-        "what to ask at every evaluation: questions, or lists of messages that end with one (JSON "
-        "list)",
+        "what to ask at every evaluation and when training ends: questions, or lists of messages "
+        "that end with one (JSON list)",
         [],
     )
     sample_max_new_tokens: int = _arg("most tokens of an answer", 256)
@@ -418,6 +425,10 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         raise ValueError(
             f"--expert_parallel_size {size} with --torch_compile true is not supported; leave one "
             "out"
+        )
+    if args.peak_flops is not None and args.peak_flops <= 0:
+        raise ValueError(
+            f"--peak_flops is {args.peak_flops}; give the FLOP/s of one device, e.g. 989e12"
         )
     if args.bad_step_policy not in ("stop", "skip", "rewind"):
         raise ValueError(f"--bad_step_policy {args.bad_step_policy} is none of stop, skip, rewind")

@@ -10,19 +10,36 @@ What follows is `--bad_step_policy`:
 
 With ``--max_loss_jump`` so does a step whose loss lies that far above the mean of the last ones.
 It has been made when that is known, so it cannot be skipped.
+
+On a GPU the host learns what is wrong with a step while the next one is computed, or at once where
+it waits for the device anyway, to log or to save: so no checkpoint is written before it is known.
 """
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+
+from mini_llm.parallel.transfer import OnTheWay
 
 from .arguments import RunArguments
 
 LAST_LOSSES = 50
 FEWEST_LOSSES = 10
 MOST_REWINDS = 10
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong with which step."""
+
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step} went wrong: {self.reason}"
 
 
 class BadSteps:
@@ -35,24 +52,40 @@ class BadSteps:
         self._max_jump = args.max_loss_jump
         self._accelerator = accelerator
         self._losses: deque[float] = deque(maxlen=LAST_LOSSES)
+        self._steps: deque[tuple[int, OnTheWay]] = deque()  # that nobody has looked at yet
+        self._looks_later = accelerator.device.type == "cuda"
 
-    def fault(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> str | None:
-        """What is wrong with the step, None as a rule; the same on all ranks.
+    def fault(
+        self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float, *, now: bool
+    ) -> Fault | None:
+        """What is wrong with the last steps up to ``step``, None as a rule; the same on all ranks.
 
-        ``loss`` is this rank's share of the step's loss; it is summed over ranks, and so read from
-        the device, only where jumps are looked for.
+        Without ``now`` a GPU's last step is left to the next call. ``loss`` is this rank's share of
+        the step's loss; it is summed over ranks only where jumps are looked for.
         """
+        values = torch.empty(2, dtype=torch.float64, device=loss.device)
+        values[0] = grad_norm
+        values[1] = self._accelerator.reduce(loss, "sum") if self._max_jump else 0.0
+        self._steps.append((step, OnTheWay(values)))
+        first = None
+        while len(self._steps) > (self._looks_later and not now):
+            number, on_the_way = self._steps.popleft()
+            reason = self._look_at(*on_the_way.read())
+            if reason is not None:
+                first = first or Fault(number, reason)
+        return first
+
+    def _look_at(self, grad_norm: float, loss: float) -> str | None:
         if not math.isfinite(grad_norm):
             self.count += 1
-            return f"its gradient norm is {float(grad_norm)}"
+            return f"its gradient norm is {grad_norm}"
         if not self._max_jump:
             return None
-        value = float(self._accelerator.reduce(loss, "sum"))
-        mean = sum(self._losses) / len(self._losses) if self._losses else value
-        if len(self._losses) >= FEWEST_LOSSES and value - mean > self._max_jump:
+        mean = sum(self._losses) / len(self._losses) if self._losses else loss
+        if len(self._losses) >= FEWEST_LOSSES and loss - mean > self._max_jump:
             self.count += 1
-            return f"its loss {value:.3f} is {value - mean:.3f} above the mean of the last ones"
-        self._losses.append(value)
+            return f"its loss {loss:.3f} is {loss - mean:.3f} above the mean of the last ones"
+        self._losses.append(loss)
         return None
 
     def rewind(self) -> None:

@@ -11,6 +11,7 @@ next step's; :func:`update_expert_bias` is DeepSeek-V3's balancing without an au
         metrics |= load.metrics()                        # only when logging: reads the device
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -97,15 +98,42 @@ def take_expert_load(model: nn.Module) -> ExpertLoad | None:
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module, load: ExpertLoad, *, speed: float) -> None:
+def bias_spread(model: nn.Module) -> dict[str, float]:
+    """``moe/layer_<i>/bias_spread``: largest less smallest correction bias of a layer's experts.
+
+    Only of routers that have such biases. Waits for the device, once.
+    """
+    biases = {
+        layer: router.e_score_correction_bias
+        for layer, router in find_routers(model).items()
+        if hasattr(router, "e_score_correction_bias")
+    }
+    if not biases:
+        return {}
+    spreads = torch.stack([bias.max() - bias.min() for bias in biases.values()]).tolist()  # type: ignore[operator]
+    return {
+        f"moe/layer_{layer}/bias_spread": spread
+        for layer, spread in zip(biases, spreads, strict=True)
+    }
+
+
+@torch.no_grad()
+def update_expert_bias(
+    model: nn.Module, load: ExpertLoad, *, speed: float, grad_norm: torch.Tensor | float = 0.0
+) -> None:
     """b_i += speed · sign(mean load − load_i), in fp32: overloaded experts become less attractive.
 
     Only for routers that have an ``e_score_correction_bias`` (E,). The same on all ranks, for
-    ``load`` is. Raises TypeError if a bias has lost its precision.
+    ``load`` is. Where ``grad_norm`` is not finite the step has changed no weight, and no bias
+    changes. Does not wait for the device. Raises TypeError if a bias has lost its precision.
     """
+    if isinstance(grad_norm, float):
+        speed = speed if math.isfinite(grad_norm) else 0.0
     routers = find_routers(model)
     counts_LE = load.counts.float()
     direction_LE = (counts_LE.mean(1, keepdim=True) - counts_LE).sign()
+    if isinstance(grad_norm, torch.Tensor):
+        direction_LE *= grad_norm.isfinite()
     for layer, direction_E in zip(load.layers, direction_LE, strict=True):
         bias = getattr(routers[layer], "e_score_correction_bias", None)
         if bias is None:

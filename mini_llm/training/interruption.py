@@ -8,12 +8,16 @@ anyway, and all ranks see the sum.
 import signal
 import time
 from collections import deque
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
 
 from mini_llm.launch.note import SAVED, write_note
 from mini_llm.launch.supervise import SIGNALS
+from mini_llm.parallel.transfer import OnTheWay
+
+from .arguments import RunArguments
 
 
 class Interruption:
@@ -38,7 +42,7 @@ class Interruption:
         self._save_seconds = 60 * save_minutes
         self._saved = time.monotonic()
         self._signal: int | None = None
-        self._sums: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()  # on their way here
+        self._sums: deque[OnTheWay] = deque()
         self._former = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def close(self) -> None:
@@ -65,17 +69,10 @@ class Interruption:
         On a GPU the sums of the step before are read, which have arrived as a rule: to read this
         step's would make the host wait for the device.
         """
-        if sums.is_cuda:
-            copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-            copy.copy_(sums, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._sums.append((copy, arrived))
-            if len(self._sums) < 2:
-                return
-            sums, arrived = self._sums.popleft()
-            arrived.synchronize()
-        stop, save = sums.tolist()
+        self._sums.append(OnTheWay(sums))
+        if sums.is_cuda and len(self._sums) < 2:
+            return
+        stop, save = self._sums.popleft().read()
         self.stop_now = stop > 0
         self.save_now = save > 0
 
@@ -85,6 +82,32 @@ class Interruption:
         self.save_now = False
         # A wish that was summed before the save is fulfilled by it.
         self._sums.clear()
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows an optimizer step besides the next one, the same on all ranks."""
+
+    log: bool
+    evaluate: bool
+    sample: bool
+    save: bool
+
+    @property
+    def anything(self) -> bool:
+        """Whether the host will wait for the device anyway."""
+        return self.log or self.evaluate or self.sample or self.save
+
+
+def what_is_due(args: RunArguments, step: int, *, is_last: bool, save_now: bool = False) -> Due:
+    """What ``args`` ask for after step ``step`` (from 1); the first and the last are logged too."""
+    evaluate = args.eval_steps > 0 and (step % args.eval_steps == 0 or step in (1, args.max_steps))
+    return Due(
+        log=is_last or step == 1 or step % args.logging_steps == 0,
+        evaluate=evaluate,
+        sample=bool(args.sample_prompts) and (evaluate or step == args.max_steps),
+        save=is_last or save_now or (args.save_steps > 0 and step % args.save_steps == 0),
+    )
 
 
 def note_the_stop() -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import secrets
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from .arguments import RunArguments
-
-# Dense bf16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of ``device``, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
+from .wandb_tracker import PROJECT, WandbTracker
 
 
 class MetricsLog:
@@ -188,18 +168,27 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: 
         key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
         for key, value in dataclasses.asdict(args).items()
     }
-    wandb_options = {
+    accelerator.log_with = [
+        WandbTracker(PROJECT, _wandb_options(args, logs, accelerator.is_main_process))
+        if name == "wandb"
+        else name
+        for name in map(str, accelerator.log_with)
+    ]
+    accelerator.init_trackers(
+        PROJECT,
+        config=settings,
+        init_kwargs={"tensorboard": {"purge_step": start_step + 1} if start_step else {}},
+    )
+    accelerator.wait_for_everyone()  # for rank 0, which waits for a server: no rank's first step
+
+
+def _wandb_options(args: RunArguments, logs: Path, is_main_process: bool) -> dict[str, Any]:
+    return {
         "name": args.run_name or Path(args.output_dir).name,
         "dir": str(logs),
-        "id": _wandb_run_id(logs) if accelerator.is_main_process else None,
+        "id": _wandb_run_id(logs) if is_main_process else None,
         "resume": "allow",
     }
-    tensorboard_options = {"purge_step": start_step + 1} if start_step else {}
-    accelerator.init_trackers(
-        "mini-llm",
-        config=settings,
-        init_kwargs={"wandb": wandb_options, "tensorboard": tensorboard_options},
-    )
 
 
 def _wandb_run_id(logs: Path) -> str:
@@ -208,38 +197,3 @@ def _wandb_run_id(logs: Path) -> str:
     if not path.is_file():
         path.write_text(f"{secrets.token_hex(6)}\n")
     return path.read_text().strip()
-
-
-class Throughput:
-    """Tokens per second and model FLOP/s utilisation between two logged steps."""
-
-    def __init__(self, flops_per_token: float, device: torch.device, num_processes: int) -> None:
-        self.flops_per_token = flops_per_token
-        peak = peak_flops(device)
-        self.peak = None if peak is None else peak * num_processes
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval now, e.g. after an evaluation that is not training time."""
-        self.tokens = 0
-        self.begin = self._now()
-
-    def add(self, tokens: int) -> None:
-        """Count the tokens (over all ranks, padding included) of one optimizer step."""
-        self.tokens += tokens
-
-    def read(self) -> dict[str, float | None]:
-        """Metrics of the interval; starts the next one."""
-        seconds = self._now() - self.begin
-        rate = self.tokens / max(seconds, 1e-9)
-        self.restart()
-        return {
-            "perf/tokens_per_second": rate,
-            "perf/mfu": None if self.peak is None else rate * self.flops_per_token / self.peak,
-        }
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

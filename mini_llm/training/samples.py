@@ -1,4 +1,4 @@
-"""What a model writes: completions when pretraining ends, answers while a chat model learns."""
+"""What a model in training writes after the same prompts again and again."""
 
 import dataclasses
 import html
@@ -17,44 +17,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from mini_llm.data.conversations import ASSISTANT, USER, Conversation, why_invalid
-from mini_llm.hub.export import chat_generation_config
-from mini_llm.models import load_model
+from mini_llm.hub.export import base_generation_config, chat_generation_config
 from mini_llm.parallel.expert_parallel import stock_state_dict
 from mini_llm.parallel.watchdog import beat
 
-
-def print_samples(output_dir: Path, prompts: list[str], max_new_tokens: int, seed: int) -> None:
-    """Complete ``prompts`` with the model in ``final/``; print them and write samples.txt.
-
-    Sampling follows the saved generation config and ``seed``.
-    """
-    if not prompts:
-        return
-    final = output_dir / "final"
-    tokenizer = AutoTokenizer.from_pretrained(final)
-    model = load_model(final).eval()
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    generated = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-    )
-    blocks = [
-        f"--- sample {number}\n{tokenizer.decode(ids, skip_special_tokens=True)}"
-        for number, ids in enumerate(generated, start=1)
-    ]
-    text = "\n".join(blocks) + "\n"
-    (output_dir / "samples.txt").write_text(text)
-    print(text, end="", flush=True)
+from .wandb_tracker import SAMPLES
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to a prompt at a step, its end token visible."""
+    """How a model went on after a prompt at a step, its end token visible."""
 
     step: int
     prompt: str
@@ -63,13 +38,15 @@ class Answer:
     tokens: int  # generated, the end token included
 
 
-class ChatSamples:
-    """Asks the model in training the same questions again and again, and keeps all its answers.
+class PromptSamples:
+    """Gives the model in training the same prompts again and again, and keeps all its answers.
 
-    They go to ``output_dir/samples.txt`` and to the trackers. A prompt is a question or a list of
-    messages that ends with one. What was answered after ``start_step`` is dropped. Raises
-    ValueError, naming the flag, for prompts that :func:`check_chat_prompts` refuses and for a
-    tokenizer without the chat tokens.
+    They go to ``output_dir/samples.txt`` and to the trackers. With ``chat`` a prompt is a question
+    or a list of messages that ends with one, and the likeliest tokens are taken; else it is the
+    begin of a text, which is continued as the saved generation config says, with the random numbers
+    of ``seed``. What was answered after ``start_step`` is dropped. Raises ValueError, naming the
+    flag, for prompts that :func:`check_prompts` refuses and for a tokenizer without the chat
+    tokens.
     """
 
     def __init__(
@@ -79,26 +56,32 @@ class ChatSamples:
         output_dir: Path,
         prompts: list[Any],
         *,
+        chat: bool,
         max_new_tokens: int,
+        seed: int,
         start_step: int,
     ) -> None:
-        check_chat_prompts(prompts)
+        check_prompts(prompts, chat=chat)
         self.accelerator = accelerator
         self.tokenizer = tokenizer
         self.path = output_dir / "samples.txt"
-        self.prompts = [_messages(prompt) for prompt in prompts]
+        self.prompts = prompts
+        self.chat, self.seed = chat, seed
         self.answers: list[Answer] = []
         self._copy: Any = None
         if not prompts:
             return
-        ends = chat_generation_config(tokenizer)
-        # The likeliest token, so that steps can be compared and no random number is drawn.
-        self.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends.eos_token_id,
-            pad_token_id=ends.pad_token_id,
-        )
+        if chat:
+            ends = chat_generation_config(tokenizer)
+            # The likeliest token, so that steps can be compared.
+            self.generation_config = GenerationConfig(
+                do_sample=False,
+                eos_token_id=ends.eos_token_id,
+                pad_token_id=ends.pad_token_id,
+            )
+        else:  # a base model that takes the likeliest token soon repeats itself
+            self.generation_config = base_generation_config(tokenizer)
+        self.generation_config.max_new_tokens = max_new_tokens
         if accelerator.is_main_process and self.path.is_file():
             # A run that was killed while writing may have left half a character.
             found = parse_answers(self.path.read_bytes().decode(errors="replace"))
@@ -120,9 +103,9 @@ class ChatSamples:
             if self.accelerator.is_main_process:
                 self._refresh_copy(self.accelerator.unwrap_model(model), state_dict)
             del state_dict
-            for messages in self.prompts:
+            for prompt in self.prompts:
                 if self.accelerator.is_main_process:
-                    answers.append(self._answer(messages, step))
+                    answers.append(self._answer(prompt, step))
                 # The others' time limit is for one answer, not for all.
                 self.accelerator.wait_for_everyone()
                 beat()
@@ -160,24 +143,34 @@ class ChatSamples:
                 state_dict = {**state_dict, tied: state_dict[source]}
         self._copy.load_state_dict(state_dict)
 
-    def _answer(self, messages: Conversation, step: int) -> Answer:
+    def _answer(self, prompt: Any, step: int) -> Answer:
         """One prompt alone: in bf16, padding it to another's length changes near-ties."""
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self.accelerator.device)
+        shown, inputs = self._inputs(prompt)
+        torch.manual_seed(self.seed)
         output = self._copy.generate(
-            **inputs,
+            **inputs.to(self.accelerator.device),
             generation_config=self.generation_config,
             synced_gpus=False,  # under ZeRO-3 transformers would wait for the other ranks
         )
         generated = output[0, inputs["input_ids"].shape[1] :].tolist()
+        ends = self.generation_config.eos_token_id
         return Answer(
             step=step,
-            prompt="\n".join(f"{message['role']}: {message['content']}" for message in messages),
+            prompt=shown,
             answer=self.tokenizer.decode(generated, skip_special_tokens=False),
-            stopped=generated[-1] in self.generation_config.eos_token_id,
+            stopped=generated[-1] in (ends if isinstance(ends, list) else [ends]),
             tokens=len(generated),
         )
+
+    def _inputs(self, prompt: Any) -> tuple[str, Any]:
+        """A prompt as text and as the model's inputs."""
+        if not self.chat:
+            return prompt, self.tokenizer(prompt, return_tensors="pt")
+        messages = _messages(prompt)
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        return "\n".join(f"{said['role']}: {said['content']}" for said in messages), inputs
 
     def _record(self, answers: list[Answer], step: int) -> None:
         """Append to samples.txt; give W&B the table of all steps, TensorBoard this step's."""
@@ -191,18 +184,24 @@ class ChatSamples:
             if tracker.name == "wandb":
                 columns = [field.name for field in dataclasses.fields(Answer)]
                 rows = [list(dataclasses.astuple(answer)) for answer in self.answers]
-                tracker.log_table("samples/answers", columns=columns, data=rows, step=step)
+                tracker.log_table(SAMPLES, columns=columns, data=rows, step=step)
             elif tracker.name == "tensorboard":
-                tracker.log({"samples/answers": _markdown_table(answers)}, step=step)
+                tracker.log({SAMPLES: _markdown_table(answers)}, step=step)
 
     def _rewrite(self, answers: list[Answer]) -> None:
         self.answers = answers
         self.path.write_bytes(format_answers(answers).encode())
 
 
-def check_chat_prompts(prompts: list[Any]) -> None:
-    """Raise ValueError, naming --sample_prompts, for what a chat model cannot be asked."""
+def check_prompts(prompts: list[Any], *, chat: bool) -> None:
+    """Raise ValueError, naming --sample_prompts, for what a model cannot be asked."""
     for number, prompt in enumerate(prompts, start=1):
+        if not chat:
+            if not isinstance(prompt, str) or not prompt:
+                raise ValueError(
+                    f"--sample_prompts: prompt {number} is {prompt!r}; give the begin of a text"
+                )
+            continue
         if isinstance(prompt, (str, list)):
             placeholder = {"role": ASSISTANT, "content": "."}
             reason = why_invalid([*_messages(prompt), placeholder])

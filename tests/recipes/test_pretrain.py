@@ -20,6 +20,8 @@ from mini_llm.data import load_tokenizer
 from mini_llm.training.run_folder import code_version
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
+from tests.metrics_page import names_without_a_row
+from tests.trackers import assert_trackers_have_what_metrics_jsonl_has
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
     total = facts(finished_run)["parameters"]["total"]
     assert f"{total:,} parameters, trained for 6 of 6 optimizer steps" in report
     assert report.count("data:image/png;base64,") == len(list((finished_run / "plots").iterdir()))
-    assert "--- sample 2" in report  # it was written after them
+    assert "--- answer 2" in report  # it was written after them
     assert {path.name for path in (finished_run / "final").iterdir()} >= {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
@@ -63,7 +65,9 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
         "step-4",  # save_total_limit 2: step-2 went
         "step-6",
     ]
-    assert (finished_run / "samples.txt").read_text().count("--- sample") == 2
+    samples = (finished_run / "samples.txt").read_text()
+    assert re.findall(r"^=== step (\d+)", samples, re.MULTILINE) == ["1", "3", "6"]
+    assert samples.count("--- prompt 1") == samples.count("--- answer 2") == 3
     tensorboard = list((finished_run / "logs").rglob("events.out.tfevents*"))
     assert any(path.stat().st_size > 500 for path in tensorboard)
 
@@ -90,12 +94,21 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
     assert last.keys() == {
         *("step", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens"),
         *("train/bad_steps", "perf/tokens_per_second", "perf/mfu", "data/tiny/tokens"),
-        *("eval/tiny/loss", "eval/tiny/bits_per_byte"),
+        *("perf/step_seconds", "perf/data_seconds", "perf/forward_seconds"),
+        *("perf/backward_seconds", "perf/optimizer_seconds", "perf/communication_seconds"),
+        "perf/peak_memory_bytes",
+        *("eval/tiny/loss", "eval/tiny/bits_per_byte", "samples/stopped", "samples/tokens"),
     }
     assert last["perf/mfu"] is None  # a CPU's peak is not known
     assert np.isclose(last["train/perplexity"], np.exp(last["train/loss"]))
     assert 0.9 * 6 * 1024 < last["train/tokens"] <= 6 * 1024  # packed rows are nearly full
     assert last["train/tokens"] == last["data/tiny/tokens"]
+
+
+def test_the_trackers_have_what_metrics_jsonl_has_under_documented_names(finished_run):
+    assert_trackers_have_what_metrics_jsonl_has(finished_run)
+    names = {name for line in metrics(finished_run) for name in line} - {"step"}
+    assert names_without_a_row(names) == []
 
 
 def test_held_out_loss_equals_a_plain_evaluation_of_the_final_model(finished_run, tiny_data):

@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 21, "half a li')
-    (folder / "samples.txt").write_text("--- sample 1\n```` fences ```\n# no heading\x1b[31m\n")
+    (folder / "samples.txt").write_text("=== step 20: 1\n```` fences ```\n# no heading\x1b[31m\n")
     return folder
 
 
@@ -276,10 +276,10 @@ def test_card_tells_of_the_run_up_to_the_step_of_the_weights(
     ):
         assert fact in card, fact
     # A fence longer than any in the text, and no control characters of a terminal.
-    assert "\n`````text\n--- sample 1\n```` fences ```\n# no heading�[31m\n`````\n" in card
+    assert "\n`````text\n=== step 20: 1\n```` fences ```\n# no heading�[31m\n`````\n" in card
     for fact in ("| books | 25.0% | 250 |", "| books | 4.5000 | 1.2500 |", "for 10 steps"):
         assert fact in early and fact not in card, fact
-    assert "## Samples" not in early  # those are the finished model's
+    assert "## Samples" not in early  # those are of a later step
 
 
 @pytest.mark.parametrize("kind", ["create", "preupload", "batch", "upload", "verify", "commit"])

@@ -9,6 +9,7 @@ from torch import nn
 from mini_llm import build_model
 from mini_llm.training.balancing import (
     ExpertLoad,
+    bias_spread,
     find_routers,
     take_expert_load,
     update_expert_bias,
@@ -101,6 +102,16 @@ def test_metrics_are_ratios_and_null_where_there_is_none():
         "moe/layer_6/load_max_over_min": None,
         "moe/dead_experts": 6.0,
     }
+
+
+def test_bias_spread_is_the_largest_less_the_smallest_bias_of_each_router_that_has_one():
+    model = _model()
+    for layer, router in find_routers(model).items():
+        router.e_score_correction_bias[0] = -0.25
+        router.e_score_correction_bias[1] = layer
+    expected = {f"moe/layer_{layer}/bias_spread": layer + 0.25 for layer in (1, 2, 3, 4)}
+    assert bias_spread(model) == expected
+    assert bias_spread(build_model("mini_qwen3_next_tiny", vocab_size=97)) == {}
 
 
 def test_a_dense_model_has_no_load():

@@ -1,4 +1,4 @@
-"""metrics.jsonl, throughput, sizes."""
+"""metrics.jsonl, counted tokens, sizes."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from mini_llm import build_model, list_models
-from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter
+from mini_llm.training.metrics import MetricsLog, TokenCounter
 from mini_llm.training.run_folder import check_run_folder, write_json
 from mini_llm.training.sizes import (
     ParameterCounts,
@@ -30,16 +30,6 @@ def test_a_resumed_run_cuts_what_lies_after_its_checkpoint_and_half_a_line(tmp_p
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     log.write(3, {"eval/a/loss": 1.5, "eval/a/bits_per_byte": 0.5})
     assert json.loads(path.read_text().splitlines()[-1])["eval/a/loss"] == 1.5
-
-
-def test_throughput_counts_the_tokens_of_its_interval_alone(monkeypatch):
-    clock = iter([0.0, 2.0, 2.0, 6.0, 6.0])
-    monkeypatch.setattr("mini_llm.training.metrics.time.perf_counter", lambda: next(clock))
-    throughput = Throughput(flops_per_token=1.0, device=torch.device("cpu"), num_processes=2)
-    throughput.add(100)
-    assert throughput.read() == {"perf/tokens_per_second": 50.0, "perf/mfu": None}
-    throughput.add(20)
-    assert throughput.read()["perf/tokens_per_second"] == 5.0
 
 
 def test_tokens_are_counted_by_source_without_padding_and_survive_a_resume(accelerator):

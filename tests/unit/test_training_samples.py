@@ -1,4 +1,4 @@
-"""The answers that a chat model gives while it learns.
+"""What a model in training writes after its prompts.
 
 Run as a script under ``accelerate launch``, this file is a rank that trains and samples; see
 ``test_every_rank_of_an_engine_gets_the_answers_of_the_saved_weights``.
@@ -27,10 +27,14 @@ from accelerate import Accelerator
 from mini_llm import build_model
 from mini_llm.data.conversations import ChatEncoder
 from mini_llm.data.tokenizer import load_tokenizer
-from mini_llm.hub.export import chat_generation_config, save_stock_checkpoint
+from mini_llm.hub.export import (
+    base_generation_config,
+    chat_generation_config,
+    save_stock_checkpoint,
+)
 from mini_llm.models import load_model
 from mini_llm.parallel import engine
-from mini_llm.training.samples import Answer, ChatSamples, format_answers, parse_answers
+from mini_llm.training.samples import Answer, PromptSamples, format_answers, parse_answers
 from tests.launching import REPOSITORY, launch_command, launch_environment
 from tests.unit.prepare_fixtures import make_tokenizer
 
@@ -67,14 +71,16 @@ def tiny_model(name: str, tokenizer: Any) -> Any:
     return model
 
 
-def samples_of(tokenizer: Any, folder: Path, start_step: int = 0, **options: Any) -> ChatSamples:
-    """ChatSamples of one process."""
+def samples_of(tokenizer: Any, folder: Path, start_step: int = 0, **options: Any) -> PromptSamples:
+    """PromptSamples of one process, those of a chat model unless ``chat`` says otherwise."""
     accelerator = options.pop("accelerator", None) or Accelerator(cpu=True)
-    return ChatSamples(
+    return PromptSamples(
         accelerator,
         tokenizer,
         folder,
         options.pop("prompts", PROMPTS),
+        chat=options.pop("chat", True),
+        seed=options.pop("seed", 0),
         max_new_tokens=options.pop("max_new_tokens", MAX_NEW_TOKENS),
         start_step=start_step,
     )
@@ -119,6 +125,33 @@ def test_a_prompt_that_cannot_be_asked_is_refused_in_one_sentence(
     text = str(refusal.value)
     assert text.startswith(f"--sample_prompts: prompt 2 cannot be asked ({reason}); ")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("prompt", ["", ["a list"], 3])
+def test_a_begin_that_is_no_text_is_refused_in_one_sentence(prompt, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="--sample_prompts: prompt 2 is .*; give the begin of a"):
+        samples_of(tokenizer, tmp_path, prompts=["fine", prompt], chat=False)
+
+
+def test_a_base_model_goes_on_as_its_generation_config_says_with_the_seed(tokenizer, tmp_path):
+    model = tiny_model(MODELS[0], tokenizer).eval()
+
+    def written(seed: int) -> list[str]:
+        folder = tmp_path / str(seed)
+        samples = samples_of(tokenizer, folder, prompts=["Two and", "训练"], chat=False, seed=seed)
+        assert samples.take(model, 5)["samples/tokens"] <= MAX_NEW_TOKENS
+        assert parse_answers((folder / "samples.txt").read_text()) == samples.answers
+        assert [answer.prompt for answer in samples.answers] == ["Two and", "训练"]
+        return [answer.answer for answer in samples.answers]
+
+    expected = []
+    for prompt in ("Two and", "训练"):
+        torch.manual_seed(7)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        config = base_generation_config(tokenizer)
+        output = model.generate(**inputs, generation_config=config, max_new_tokens=MAX_NEW_TOKENS)
+        expected.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+    assert written(7) == expected != written(8)
 
 
 def test_without_prompts_nothing_is_done(tokenizer, tmp_path):
