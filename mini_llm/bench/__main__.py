@@ -1,6 +1,6 @@
 """The project's own benchmark: one figure after the other, with what it was taken on.
 
-    python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --output bench_data.json
+    python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --json bench_data.json
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from . import data
+from .names import ENGINES, PEERS
 
 PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
 
@@ -88,8 +89,40 @@ def main(command_line: Sequence[str] | None = None) -> None:
         of_traffic.add_argument(
             f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
         )
-    for command in (of_data, of_attention, of_experts, of_traffic):
-        command.add_argument("--output", type=Path, help="JSON file for the figures")
+    of_step = what.add_parser("step", help="a training step, beside what people use instead")
+    of_step.add_argument(
+        "--model", default="mini_llama3_tiny", help="preset (default: %(default)s)"
+    )
+    of_step.add_argument(
+        "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+    )
+    of_step.add_argument(
+        "--engine", nargs="+", choices=ENGINES, default=["none"], help="default: none"
+    )
+    of_step.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32"
+    )
+    of_step.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=["bare", "trainer"],
+        help="what to measure beside it (default: bare trainer); accelerate takes the ZeRO stage "
+        "of the last --engine, or 1",
+    )
+    of_step.add_argument(
+        "--torch_compile", action="store_true", help="each engine with compiled layers too"
+    )
+    of_step.add_argument("--rows", type=int, default=8, help="of a micro-batch (default: 8)")
+    of_step.add_argument("--seq_len", type=int, default=512, help="default: 512")
+    of_step.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
+    of_step.add_argument("--steps", type=int, default=20, help="counted steps (default: 20)")
+    of_step.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+    )
+    for command in (of_data, of_attention, of_experts, of_traffic, of_step):
+        command.add_argument("--json", type=Path, help="file for the figures")
+    of_step.add_argument("--markdown", type=Path, help="file for the table")
     arguments = parser.parse_args(command_line)
     try:
         if arguments.what == "data":
@@ -107,6 +140,24 @@ def main(command_line: Sequence[str] | None = None) -> None:
                 arguments.seq_len,
                 arguments.repeats,
             )
+        elif arguments.what == "step":
+            from . import step
+
+            figures = step.run(
+                arguments.model,
+                arguments.model_overrides,
+                arguments.engine,
+                arguments.precision,
+                arguments.peers,
+                torch_compile=arguments.torch_compile,
+                rows=arguments.rows,
+                seq_len=arguments.seq_len,
+                micro_batches=arguments.micro_batches,
+                steps=arguments.steps,
+                device=arguments.device,
+            )
+            if arguments.markdown:
+                arguments.markdown.write_text(step.markdown(figures) + "\n")
         elif arguments.what == "traffic":
             from . import traffic
 
@@ -128,8 +179,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    if arguments.output and int(os.environ.get("RANK", "0")) == 0:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.json and int(os.environ.get("RANK", "0")) == 0:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 
 from mini_llm.bench import __main__ as bench
+from mini_llm.bench import step
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
+from mini_llm.bench.names import PEERS
 from tests.unit.prepare_fixtures import write_shards
 
 
@@ -24,7 +28,7 @@ def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
 ) -> None:
     monkeypatch.setattr("mini_llm.bench.data.STREAM_TOKENS", 1 << 16)
     write_shards(tmp_path / "in", 2)
-    flags = ["--seq_len", "64", "--repeats", "1", "--output", str(tmp_path / "figures.json")]
+    flags = ["--seq_len", "64", "--repeats", "1", "--json", str(tmp_path / "figures.json")]
     bench.main(["data", "--input", str(tmp_path / "in"), *flags])
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -67,7 +71,7 @@ def one_preset_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_figures_are_of_equal_results_at_three_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.main([*ATTENTION_FLAGS, "--output", str(tmp_path / "figures.json")])
+    bench.main([*ATTENTION_FLAGS, "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     printed = capsys.readouterr().out
     for name in ("mini_llama3 attention fp32", "mini_llama3 layer fp32", "mini_llama3_tiny fp32"):
@@ -93,3 +97,64 @@ def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         bench.main(["attention", "--seq_len", "4", "--documents", "5"])
     assert capsys.readouterr().err == "--documents: 5 is not between 1 and --seq_len 4\n"
+
+
+STEP_FLAGS = [
+    *("step", "--model_overrides", json.dumps({"num_hidden_layers": 1, "vocab_size": 64})),
+    *("--rows", "2", "--seq_len", "16", "--steps", "2", "--device", "cpu"),
+]
+
+
+def _step_figures(folder: Path, *flags: str) -> dict[str, Any]:
+    figures, table = folder / "figures.json", folder / "table.md"
+    bench.main([*STEP_FLAGS, *flags, "--json", str(figures), "--markdown", str(table)])
+    found: dict[str, Any] = json.loads(figures.read_text())
+    for name, of in found["loops"].items():
+        assert f"| {name} |" in table.read_text()
+        assert min(of["clock_seconds"], of["cpu_seconds"], of["tokens_per_second"]) > 0
+        assert min(of["operators"], of["peak_memory_bytes"]) > 0 and of["host_syncs"] is not None
+    return found
+
+
+def test_step_of_the_recipe_and_of_a_bare_loop_are_taken_in_turns_and_written(
+    tmp_path: Path,
+) -> None:
+    found = _step_figures(tmp_path, "--peers", "bare", "--micro_batches", "2")
+    recipe, bare = found["loops"].values()
+    assert found["steps"] == 2 and found["compared"] == "cpu"
+    assert found["ratios"] == {"recipe, engine none": {PEERS["bare"]: ANY}}
+    assert recipe["mean_loss"] == pytest.approx(bare["mean_loss"], rel=1e-5)
+    assert recipe["operators"] > bare["operators"] > 100  # the recipe counts, checks and logs
+    assert {"torch", "transformers", "deepspeed", "device", "precision"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_step_of_every_peer_trains_like_the_recipe(tmp_path: Path) -> None:
+    peers = [peer for peer in PEERS if peer not in ("bare", "trainer_fast")]
+    found = _step_figures(tmp_path, "--engine", "none", "zero1", "--peers", *peers)
+    losses = [of["mean_loss"] for of in found["loops"].values()]
+    assert len(losses) == 2 + len(peers)
+    assert max(losses) - min(losses) < 1e-4
+
+
+@pytest.mark.slow
+def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast(tmp_path: Path) -> None:
+    found = _step_figures(
+        tmp_path, "--engine", "zero1", "--precision", "bf16", "--peers", "bare", "accelerate"
+    )
+    assert len(found["loops"]) == 3
+
+
+def test_loops_that_train_differently_are_not_reported() -> None:
+    losses = {"a": {"mean_loss": 4.0}, "b": {"mean_loss": 4.1}}
+    with pytest.raises(RuntimeError, match="do not train alike"):
+        step._check_losses(losses, tolerance=1e-2)
+    step._check_losses(losses, tolerance=3e-2)
+
+
+def test_a_peer_that_needs_a_gpu_is_refused_in_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([*STEP_FLAGS, "--peers", "trainer_fast"])
+    assert capsys.readouterr().err.startswith("--peers: trainer_fast needs a GPU and liger-kernel")
