@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from . import data
-from .names import ENGINES, PEERS
+from .names import ENGINES, PARTS, PEERS
 
 PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
 
@@ -89,18 +89,28 @@ def main(command_line: Sequence[str] | None = None) -> None:
         of_traffic.add_argument(
             f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
         )
-    of_step = what.add_parser("step", help="a training step, beside what people use instead")
-    of_step.add_argument(
-        "--model", default="mini_llama3_tiny", help="preset (default: %(default)s)"
-    )
-    of_step.add_argument(
-        "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
-    )
+    of_step = what.add_parser("step", help="a training step, and by what people use instead")
+    of_parts = [what.add_parser(name, help=help) for name, help in PARTS.items()]
+    for command in (of_step, *of_parts):
+        model = "mini_qwen3_next" if command.prog.endswith("delta_net") else "mini_deepseekv3"
+        if command is of_step:
+            model = "mini_llama3_tiny"
+        command.add_argument("--model", default=model, help="preset (default: %(default)s)")
+        command.add_argument(
+            "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+        )
+        command.add_argument(
+            "--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32"
+        )
+        command.add_argument("--rows", type=int, default=4, help="of a micro-batch (default: 4)")
+        command.add_argument("--seq_len", type=int, default=512, help="default: 512")
+        command.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
+        command.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+        )
+        command.add_argument("--markdown", type=Path, help="file for the table")
     of_step.add_argument(
         "--engine", nargs="+", choices=ENGINES, default=["none"], help="default: none"
-    )
-    of_step.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32"
     )
     of_step.add_argument(
         "--peers",
@@ -113,16 +123,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
     of_step.add_argument(
         "--torch_compile", action="store_true", help="each engine with compiled layers too"
     )
-    of_step.add_argument("--rows", type=int, default=8, help="of a micro-batch (default: 8)")
-    of_step.add_argument("--seq_len", type=int, default=512, help="default: 512")
     of_step.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
-    of_step.add_argument("--steps", type=int, default=20, help="counted steps (default: 20)")
-    of_step.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
-    )
-    for command in (of_data, of_attention, of_experts, of_traffic, of_step):
+    for command in (of_data, of_attention, of_experts, of_traffic, of_step, *of_parts):
         command.add_argument("--json", type=Path, help="file for the figures")
-    of_step.add_argument("--markdown", type=Path, help="file for the table")
     arguments = parser.parse_args(command_line)
     try:
         if arguments.what == "data":
@@ -156,8 +159,21 @@ def main(command_line: Sequence[str] | None = None) -> None:
                 steps=arguments.steps,
                 device=arguments.device,
             )
-            if arguments.markdown:
-                arguments.markdown.write_text(step.markdown(figures) + "\n")
+            table = step.markdown(figures)
+        elif arguments.what in PARTS:
+            from . import parts
+
+            figures = parts.run(
+                arguments.what,
+                arguments.model,
+                arguments.model_overrides,
+                precision=arguments.precision,
+                rows=arguments.rows,
+                seq_len=arguments.seq_len,
+                repeats=arguments.steps,
+                device=arguments.device,
+            )
+            table = parts.markdown(figures)
         elif arguments.what == "traffic":
             from . import traffic
 
@@ -181,6 +197,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     if arguments.json and int(os.environ.get("RANK", "0")) == 0:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if getattr(arguments, "markdown", None):
+        arguments.markdown.write_text(table + "\n")
 
 
 if __name__ == "__main__":

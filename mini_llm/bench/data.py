@@ -56,7 +56,8 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
     packed = tokenise_and_pack()
     if not np.array_equal(packed.input_ids, with_encode_batch().input_ids):
         raise RuntimeError("the two ways to tokenise give other ids: a mistake of this program")
-    seconds = interleaved({"ours": tokenise_and_pack, "encode_batch": with_encode_batch}, repeats)
+    ways = {"ours": tokenise_and_pack, "encode_batch": with_encode_batch}
+    seconds = {way: of["cpu"] for way, of in interleaved(ways, repeats).items()}
     tokens = packed.stats.tokens
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["encode_batch"], strict=True)]
     speeds = {
@@ -76,7 +77,7 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
                 for _ in range(rows):
                     next(stream)
 
-        read = interleaved({"stream": read_an_epoch}, repeats)["stream"]
+        read = interleaved({"stream": read_an_epoch}, repeats)["stream"]["cpu"]
     stream_speeds = [rows * seq_len / second / 1e6 for second in read]
     print(
         f"stream, 1 rank, opened and checked each time: {median_and_range(stream_speeds)} "

@@ -10,3 +10,9 @@ PEERS = {
     "accelerate": "stock Accelerate + DeepSpeed, this project's class",
     "accelerate_stock": "stock Accelerate + DeepSpeed, stock class",
 }
+PARTS = {
+    "loss": "the LM head and its loss, and with all logits at once",
+    "moe": "a layer's experts, and by transformers",
+    "delta_net": "the gated delta rule, and by transformers",
+    "model": "forward and backward of a whole model, and of transformers' class",
+}

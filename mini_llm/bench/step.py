@@ -31,7 +31,7 @@ from ..training.arguments import REPOSITORY
 from ..training.metrics import peak_flops
 from ..training.sizes import count_parameters, training_flops_per_token
 from .loops import TOKENS, WEIGHTS, Job
-from .measure import machine, markdown_table, median_and_range
+from .measure import choose_device, device_name, machine, markdown_table, median_and_range
 from .names import PEERS
 
 WARMUP_STEPS = 3  # torch.compile, caches, DeepSpeed's first step
@@ -60,8 +60,7 @@ def run(
     Raises ValueError for a peer that cannot run here and RuntimeError where a loop fails or trains
     otherwise than the first.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device).type
     _check_peers(peers, device)
     turns = -(-steps // STEPS_PER_TURN[device])
     total = WARMUP_STEPS + turns * STEPS_PER_TURN[device] + 1
@@ -131,7 +130,7 @@ def run(
     }
     found = {
         **machine("torch", "transformers", "accelerate", "deepspeed"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(torch.device(device)),
         "model": model,
         "overrides": overrides,
         "parameters": parameters.total,

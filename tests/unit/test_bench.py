@@ -20,7 +20,7 @@ def test_variants_take_turns_after_one_call_each_that_is_not_timed() -> None:
     variants = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
     seconds = interleaved(variants, repeats=3)
     assert "".join(calls) == "ab" + "ababab"
-    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert [(len(of["cpu"]), len(of["clock"])) for of in seconds.values()] == [(3, 3), (3, 3)]
 
 
 def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
