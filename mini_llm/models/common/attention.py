@@ -1,20 +1,29 @@
-"""Attention: transformers' interface, and a per-document path for packed rows on the CPU.
+"""Attention: transformers' interface, and what packed rows get in place of a dense mask.
 
 A dense block-diagonal mask makes a packed row of ten documents pay for T² scores of which nine
-tenths are masked. On the CPU (no variable-length kernel there) running the fused kernel once a
-document costs 0.2 × (fp32) to 0.34 × (bf16) of that at T = 2,048 and never builds a T × T mask.
+tenths are masked. Under ``sdpa`` no T × T mask is built: on a GPU, in half precision, torch's
+variable-length kernel takes the documents' boundaries (:func:`varlen_attention`); on the CPU, which
+has no such kernel, the fused kernel runs once a document (:func:`packed_attention`).
 """
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .documents import Documents, find_documents
+from .precision import compute_dtype
+
+# torch 2.11 takes fewer key/value than query heads as they are, later ones want to be told.
+_ENABLE_GQA: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def repeat_kv(x_BKTd: torch.Tensor, groups: int) -> torch.Tensor:
@@ -94,6 +103,40 @@ def packed_attention(
     return torch.cat(outputs).view(B, T, H, value.shape[-1])
 
 
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention inside each document, one kernel for all; bf16 or fp16 on a GPU.
+
+    query (B, H, T, d), key and value (B, K, T, d), boundaries (documents + 1,) in the B·T tokens ->
+    (B, T, H, d).
+    """
+    B, _, T, _ = query.shape
+    dtype = compute_dtype(query)
+    # (B, heads, T, d) -> (B·T, heads, d)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    # T bounds every document's length. The longest one's own would do too, but it is another number
+    # in every batch, and a compiled layer would be compiled anew for it.
+    output: Any = varlen_attn(
+        q, k, v, cu_seq_lens, cu_seq_lens, T, T, scale=scaling, window_size=(-1, 0), **_ENABLE_GQA
+    )
+    return output.unflatten(0, (B, T))
+
+
+def has_varlen_kernel(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
+    """Whether :func:`varlen_attention` can compute a model's attention on these inputs."""
+    return (
+        inputs_embeds.device.type == "cuda"
+        and compute_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(inputs_embeds.device) >= (8, 0)
+        and not config.attention_dropout  # the kernel has none
+    )
+
+
 def prepare_attention(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -104,9 +147,10 @@ def prepare_attention(
     """Once a forward: (mask for every layer, keyword arguments for :func:`attend`).
 
     A packed row keeps its documents apart by the cheapest means that the implementation has: fused
-    calls a document (sdpa on the CPU), variable-length kernels (flash attention), or a
-    block-diagonal mask (the rest). ``position_ids`` None means one document a row. The keyword
-    arguments stand above a caller's own boundaries (transformers' flattening collator gives some).
+    calls a document (sdpa on the CPU), variable-length kernels (sdpa on a GPU in half precision,
+    flash attention), or a block-diagonal mask (the rest). ``position_ids`` None means one document
+    a row. The keyword arguments stand above a caller's own boundaries (transformers' flattening
+    collator gives some).
     """
     documents = packed_documents(inputs_embeds, attention_mask, position_ids, past_key_values)
     return prepare_attention_within(
@@ -151,6 +195,8 @@ def prepare_attention_within(
     implementation = config._attn_implementation
     if implementation == "sdpa" and inputs_embeds.device.type == "cpu":
         return None, {"documents": documents}
+    if implementation == "sdpa" and has_varlen_kernel(config, inputs_embeds):
+        return None, {"cu_seq_lens": documents.cu_seq_lens(inputs_embeds.device)}
     if "flash" in implementation:
         boundaries = documents.cu_seq_lens(inputs_embeds.device)
         return None, {
@@ -179,13 +225,16 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     documents: Documents | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the implementation that the config names.
 
     query (B, H, T, d), key and value (B, K, S, d) -> output (B, T, H, d) and, from ``eager`` only,
-    the weights. ``documents`` comes from :func:`prepare_attention`.
+    the weights. ``documents`` or ``cu_seq_lens`` come from :func:`prepare_attention`.
     """
+    if cu_seq_lens is not None:
+        return varlen_attention(query, key, value, cu_seq_lens, scaling), None
     if documents is not None:
         out = packed_attention(module, query, key, value, documents, scaling, dropout)
         return out, None

@@ -35,7 +35,10 @@ class Documents:
     def cu_seq_lens(self, device: torch.device) -> torch.Tensor:
         """Boundaries (documents + 1,), int32, as variable-length attention kernels take them."""
         lengths = torch.tensor((0, *self.lengths), dtype=torch.int32)
-        return lengths.cumsum(0, dtype=torch.int32).to(device)
+        boundaries = lengths.cumsum(0, dtype=torch.int32).to(device)
+        # One compiled graph for any number of documents.
+        torch._dynamo.maybe_mark_dynamic(boundaries, 0)
+        return boundaries
 
     @property
     def max_length(self) -> int:

@@ -7,7 +7,6 @@ number of (token, expert) pairs; the other letters are those of ``__init__.py``.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,6 +17,8 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .precision import autocast_dtype
 
 
 class Experts(nn.Module):
@@ -88,21 +89,6 @@ class Experts(nn.Module):
         return cast, hidden_ND.to(dtype)
 
 
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in on x's device, or None where it is off."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off on x's device: routers compute in fp32, whatever the run does."""
-    if autocast_dtype(x) is None:
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def grouped_experts(
     experts: Experts,
     hidden_ND: torch.Tensor,
@@ -112,16 +98,54 @@ def grouped_experts(
     """Every token through its K experts by two grouped matrix multiplications -> (N, D)."""
     N, K = top_k_index_NK.shape
     expert_S, pair_S = top_k_index_NK.flatten().sort()
+    place_S = torch.empty_like(pair_S).scatter_(  # sorted row s belongs to pair pair_S[s], and back
+        0, pair_S, torch.arange(N * K, device=pair_S.device)
+    )
     # Expert e's rows end where the first larger index would be inserted.
     each_expert = torch.arange(experts.num_experts, device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, each_expert, right=True, out_int32=True)
-    x_SD = hidden_ND[pair_S // K]
+    x_SD = _TokensByExpert.apply(hidden_ND, pair_S, place_S)
     gate_up_S2F = F.grouped_mm(x_SD, experts.gate_up_proj.transpose(1, 2), offs=ends_E)
     hidden_SF = experts._apply_gate(gate_up_S2F)
     out_SD = F.grouped_mm(hidden_SF, experts.down_proj.transpose(1, 2), offs=ends_E)
-    # Back to the order of the tokens: sorted row s belongs to pair pair_S[s].
-    out_NKD = torch.zeros_like(out_SD).index_copy(0, pair_S, out_SD).view(N, K, -1)
+    out_NKD = _Reorder.apply(out_SD, place_S, pair_S).view(N, K, -1)
     return (out_NKD * top_k_weights_NK.unsqueeze(-1)).sum(1)
+
+
+class _Reorder(torch.autograd.Function):
+    """x[order], for an ``order`` in which every row occurs once and its ``inverse``.
+
+    Autograd cannot know that: its gradient of x[order] adds rows into zeros, atomically on a GPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SD: torch.Tensor, order_S: torch.Tensor, inverse_S: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse_S)
+        return x_SD[order_S]
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse_S,) = ctx.saved_tensors
+        return grad_SD[inverse_S], None, None
+
+
+class _TokensByExpert(torch.autograd.Function):
+    """Row s is the token of pair ``pair_S[s]``: (N, D) -> (S, D). ``place_S`` is the inverse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, pair_S: torch.Tensor, place_S: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(place_S)
+        ctx.num_tokens = hidden_ND.shape[0]
+        return hidden_ND[pair_S // (pair_S.shape[0] // hidden_ND.shape[0])]
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (place_S,) = ctx.saved_tensors
+        return grad_SD[place_S].view(ctx.num_tokens, -1, grad_SD.shape[-1]).sum(1), None, None
 
 
 def eager_experts(
@@ -168,6 +192,25 @@ class ExpertsModelMixin:
             std = self.config.initializer_range  # type: ignore[attr-defined]
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of (…, E), in falling order: values and indices (…, k).
+
+    In a layer compiled for a GPU, for small k, as k maxima: they become part of the kernels around
+    them, while torch's own top-k is one that sorts each row of a handful of scores by itself.
+    """
+    if not (scores.device.type == "cuda" and torch.compiler.is_compiling() and k <= 4):
+        best = scores.topk(k, dim=-1)
+        return best.values, best.indices
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    values, indices = [], []
+    for _ in range(k):
+        value, index = scores.max(-1, keepdim=True)
+        values.append(value)
+        indices.append(index)
+        scores = scores.masked_fill(place == index, -torch.inf)
+    return torch.cat(values, -1), torch.cat(indices, -1)
 
 
 def real_tokens(

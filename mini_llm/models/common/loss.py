@@ -5,6 +5,7 @@ again. The chunked loss computes a few hundred tokens' logits at a time, takes t
 respect to them while they are there, and throws them away.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .precision import compute_dtype, full_precision
+
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 8 M, i.e. 256 tokens of a 32k vocabulary
+# Logits alive at a time, of a 32k vocabulary those of 256 tokens on a CPU (its cache) and of 4,096
+# on a GPU (256 MiB in bf16: products large enough to fill it).
+_CHUNK_ELEMENTS = 1 << 23
+_GPU_CHUNK_ELEMENTS = 1 << 27
+_GPU_VOCAB_MULTIPLE = 64
 
 
 def next_tokens(
@@ -37,6 +44,52 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, want_gradient: bool, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Σ of a chunk's cross-entropies, fp32, and on request its gradient (C, V) in their dtype.
+
+    ∂loss/∂logits = softmax(logits) − onehot(target); columns from ``vocab_size`` on do not exist.
+    As one expression, for torch.compile: on a GPU one kernel reads the logits twice and writes the
+    gradient, and no fp32 copy of either is ever in memory.
+    """
+    column = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    logits = logits_CV.float().masked_fill(column >= vocab_size, -torch.inf)
+    counted = (targets_C != IGNORE_INDEX)[:, None]
+    is_target = column == targets_C[:, None]
+    log_z = logits.logsumexp(-1, keepdim=True)
+    loss = torch.where(is_target & counted, log_z - logits, 0.0).sum()
+    if not want_gradient:
+        return loss, None
+    gradient = torch.where(counted, (logits - log_z).exp() - is_target.float(), 0.0)
+    return loss, gradient.to(logits_CV.dtype)
+
+
+@cache
+def _compiled_loss_and_gradient() -> Any:
+    return torch.compile(_loss_and_gradient)
+
+
+def _loss_and_gradient_in_place(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, want_gradient: bool, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same operator by operator, for the CPU: it overwrites fp32 logits with their gradient.
+
+    Here all columns exist.
+    """
+    dtype = logits_CV.dtype
+    logits = logits_CV.float()
+    counted = (targets_C != IGNORE_INDEX)[:, None]
+    target = targets_C[:, None].clamp(min=0)  # any valid index: what does not count is zeroed below
+    log_z = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_z - logits.gather(-1, target)) * counted).sum()
+    if not want_gradient:
+        return loss, None
+    gradient = logits.sub_(log_z).exp_()
+    gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
+    return loss, gradient.mul_(counted).to(dtype)
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """The reference above, computed chunk by chunk; gradients are taken in the forward pass."""
 
@@ -44,32 +97,37 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
     ) -> torch.Tensor:
+        on_gpu = hidden_ND.device.type == "cuda"
+        loss_and_gradient = _compiled_loss_and_gradient() if on_gpu else _loss_and_gradient_in_place
+        elements = _GPU_CHUNK_ELEMENTS if on_gpu else _CHUNK_ELEMENTS
         N = hidden_ND.shape[0]
-        chunk = min(N, max(64, _CHUNK_ELEMENTS // weight_VD.shape[0]))
+        chunk = min(N, max(64, elements // weight_VD.shape[0]))
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, N, chunk):
-            h, target = hidden_ND[start : start + chunk], targets_N[start : start + chunk, None]
-            counted = target != IGNORE_INDEX
-            target = target.clamp(min=0)  # any valid index: what is not counted is zeroed below
-            logits = F.linear(h, weight_VD).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_z - logits.gather(-1, target)) * counted).sum()
-            if not (need_hidden or need_weight):
-                continue
-            # ∂loss/∂logits = softmax(logits) − onehot(target)
-            grad_logits = logits.sub_(log_z).exp_()
-            grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits = grad_logits.mul_(counted).to(h.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad_logits @ weight_VD
-            if grad_weight is not None:
-                if grad_logits.dtype == torch.float32 and h.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, h)
-                else:  # the product is rounded to bf16 once a chunk, the sum over chunks is not
-                    grad_weight += grad_logits.T @ h
+        # Autocast would leave products into an existing tensor (addmm_) in fp32.
+        dtype = compute_dtype(hidden_ND)
+        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+        V = weight.shape[0]
+        if on_gpu:  # else cuBLAS takes kernels for rows of any length, at 0.4 of the speed
+            weight = F.pad(weight, (0, 0, 0, -V % _GPU_VOCAB_MULTIPLE))
+        with full_precision(hidden_ND):
+            for start in range(0, N, chunk):
+                h, targets = hidden[start : start + chunk], targets_N[start : start + chunk]
+                chunk_loss, grad_logits = loss_and_gradient(
+                    F.linear(h, weight), targets, need_hidden or need_weight, V
+                )
+                loss += chunk_loss
+                if grad_logits is None:
+                    continue
+                if grad_hidden is not None:
+                    grad_hidden[start : start + chunk] = grad_logits @ weight
+                if grad_weight is not None:
+                    if dtype == torch.float32:
+                        grad_weight.addmm_(grad_logits[:, :V].T, h)
+                    else:  # the product is rounded to bf16 once a chunk, the sum over chunks is not
+                        grad_weight += (grad_logits.T @ h)[:V]
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype)
         )

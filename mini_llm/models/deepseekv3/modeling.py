@@ -32,13 +32,14 @@ from ..common.experts import (
     Experts,
     ExpertsModelMixin,
     count_expert_load,
-    full_precision,
     real_tokens,
     row_balance_loss,
+    top_k,
 )
 from ..common.loss import IGNORE_INDEX, next_tokens
 from ..common.mlp import SwiGLU
 from ..common.norm import RMSNorm
+from ..common.precision import full_precision
 from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
@@ -53,13 +54,22 @@ def softmax_scaling(config: DeepseekV3Config) -> float:
     return scaling * mscale**2
 
 
-def pairs_to_halves(x: torch.Tensor) -> torch.Tensor:
-    """(…, d): coordinates (x0, y0, x1, y1, …) -> (x0, x1, …, y0, y1, …).
+def rotate_pairs(
+    query_BHTr: torch.Tensor, key_B1Tr: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`apply_rotary_pos_emb` for rotary pairs side by side: (…, r) = (x0, y0, x1, y1, …).
 
-    DeepSeek's weights give a rotary pair's coordinates side by side. Queries and keys are reordered
-    alike, so their products are what rotating the pairs in place would give.
+    That is how DeepSeek's weights give them. Rotated where they stand: first bringing all x before
+    all y costs a GPU more than the rotation, and queries times keys are the same either way.
     """
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    half = cos_BTr.shape[-1] // 2
+    cos, sin = cos_BTr[..., :half].unsqueeze(1), sin_BTr[..., :half].unsqueeze(1)
+
+    def rotate(pairs: torch.Tensor) -> torch.Tensor:
+        x, y = pairs.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
+
+    return rotate(query_BHTr), rotate(key_B1Tr)
 
 
 class DeepseekV3Attention(nn.Module):
@@ -130,9 +140,8 @@ class DeepseekV3Attention(nn.Module):
         """(B, T, D) -> (B, T, D), and the weights if the implementation gives them."""
         q_nope, q_rope = self.queries(hidden_states)
         c_B1Tc, k_rope = self.latents(hidden_states)
-        if self.config.rope_interleave:
-            q_rope, k_rope = pairs_to_halves(q_rope), pairs_to_halves(k_rope)
-        q_rope, k_rope = apply_rotary_pos_emb(q_rope, k_rope, *position_embeddings)
+        rotate = rotate_pairs if self.config.rope_interleave else apply_rotary_pos_emb
+        q_rope, k_rope = rotate(q_rope, k_rope, *position_embeddings)
         if past_key_values is not None:
             c_B1Tc, k_rope = past_key_values.update(c_B1Tc, k_rope, self.layer_idx)
         stay_compressed = past_key_values is not None and self.can_stay_compressed(q_nope.shape[2])
@@ -257,12 +266,12 @@ class DeepseekV3Router(nn.Module):
         biased_NE = scores_NE + self.e_score_correction_bias
         if config.topk_group < config.n_group:
             biased_NGe = biased_NE.unflatten(-1, (config.n_group, -1))
-            group_scores_NG = biased_NGe.topk(2, dim=-1).values.sum(-1)
-            best_groups = group_scores_NG.topk(config.topk_group, dim=-1, sorted=False).indices
+            group_scores_NG = top_k(biased_NGe, 2)[0].sum(-1)
+            _, best_groups = top_k(group_scores_NG, config.topk_group)
             excluded_NG = torch.ones_like(group_scores_NG, dtype=torch.bool)
             excluded_NG = excluded_NG.scatter(1, best_groups, False)
             biased_NE = biased_NGe.masked_fill(excluded_NG.unsqueeze(-1), -torch.inf).flatten(1)
-        return biased_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        return top_k(biased_NE, config.num_experts_per_tok)[1]
 
 
 class DeepseekV3MoE(nn.Module):

@@ -31,13 +31,14 @@ from ..common.experts import (
     Experts,
     ExpertsModelMixin,
     count_expert_load,
-    full_precision,
     real_tokens,
     row_balance_loss,
+    top_k,
 )
 from ..common.loss import next_tokens
 from ..common.mlp import SwiGLU
 from ..common.norm import GatedRMSNorm, ZeroCenteredRMSNorm
+from ..common.precision import full_precision
 from ..common.rope import RotaryEmbedding, apply_rotary_pos_emb, positions_after
 
 
@@ -212,7 +213,7 @@ class Qwen3NextRouter(nn.Module):
         """(N, D) -> logits (N, E), gates (N, K), experts (N, K)."""
         with full_precision(x_ND):
             logits_NE = F.linear(x_ND.to(self.weight.dtype), self.weight)
-        gates_NK, index_NK = logits_NE.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        gates_NK, index_NK = top_k(logits_NE.softmax(-1, dtype=torch.float32), self.top_k)
         if self.norm_topk_prob:
             gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)
         return logits_NE, gates_NK.to(logits_NE.dtype), index_NK
