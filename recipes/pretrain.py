@@ -75,6 +75,7 @@ from mini_llm.training.interruption import Interruption, note_the_stop
 from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, Throughput, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from mini_llm.training.profiling import StepProfiler
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
@@ -243,10 +244,12 @@ def main(args: PretrainArguments) -> None:
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
     model.train()
     held = HeldBytes(model, optimizer)
+    profiler = StepProfiler(args.profile_steps, output_dir, accelerator.device)
     evaluated_at = 0
     step = start_step
     while step < last_step:
         step += 1
+        profiler.begin_step(step)
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
         micro_batches = []
@@ -388,6 +391,7 @@ def main(args: PretrainArguments) -> None:
     for line in describe_rejected(rejected_rows(stream)):
         log.say(line)
     stream.close()
+    profiler.close()
     log.close()
     interruption.close()
     watchdog.rest("finishing")
