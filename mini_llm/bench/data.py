@@ -23,7 +23,7 @@ from ..data.packing import PackedRows, pack_documents
 from ..data.stream import open_stream
 from ..data.text_files import Document, find_text_files, read_documents
 from ..data.tokenizer import END_OF_TEXT_ID, encode_function, text_encoder, tokenizer_fingerprint
-from .measure import interleaved, machine, median_and_range
+from .measure import interleaved, machine, markdown_table, median_and_range
 
 STREAM_TOKENS = 16 << 20
 ROWS_PER_STEP = 256
@@ -100,6 +100,20 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
         "utilisation": packed.stats.utilisation(seq_len),
         "split_fraction": packed.stats.split_fraction,
     }
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    speeds = {
+        "tokenise and pack": "tokenise_and_pack_tokens_per_second",
+        "the same through encode_batch of tokenizers": "encode_batch_and_pack_tokens_per_second",
+        "stream, 1 rank, opened and checked each time": "stream_tokens_per_second",
+    }
+    rows = [[name, f"{figures[key] / 1e6:.2f} M"] for name, key in speeds.items()]
+    return (
+        f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, CPU time, medians of "
+        f"{figures['repeats']} calls\n\n" + markdown_table(["", "tokens/s"], rows)
+    )
 
 
 def _packed(ids: list[np.ndarray], seq_len: int) -> PackedRows:

@@ -1,5 +1,6 @@
 """Names on the command line of the benchmark, apart so that --help need not wait for torch."""
 
+PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
 ENGINES = ["none", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # The loops beside the recipe's, and what a table calls them.
 PEERS = {
@@ -14,5 +15,6 @@ PARTS = {
     "loss": "the LM head and its loss, and with all logits at once",
     "moe": "a layer's experts, and by transformers",
     "delta_net": "the gated delta rule, and by transformers",
+    "optimizer": "AdamW's update, fused and by single operations",
     "model": "forward and backward of a whole model, and of transformers' class",
 }

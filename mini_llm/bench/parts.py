@@ -1,9 +1,11 @@
-"""Parts of a model and whole models, forward and backward, against their plainer or stock forms.
+"""Parts of a training step, forward and backward if they have both, against plain or stock forms.
 
 - ``loss``: the LM head and its loss, chunk by chunk, against all logits in fp32;
 - ``moe``: the routed experts of a layer, grouped, against one expert after another and against
   transformers' grouped kernel;
 - ``delta_net``: the gated delta rule by chunks, against transformers' own;
+- ``optimizer``: AdamW's update of all of a model's parameters, as a run makes it (fused), against
+  torch's loop of single operations;
 - ``model``: a whole model, against transformers' class with the same weights (for experts, with
   each of its implementations).
 
@@ -20,11 +22,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from ..models import build_model
 from ..models.common.delta_net import delta_rule, find_kernels
 from ..models.common.experts import Experts, eager_experts
 from ..models.common.loss import linear_cross_entropy, linear_cross_entropy_reference
+from ..training.optimizer import build_optimizer
 from .measure import (
     choose_device,
     device_name,
@@ -144,6 +148,30 @@ def delta_net(shape: Shape) -> dict[str, Form]:
     return {OURS: _form(ours, inputs), "transformers, in PyTorch": _form(stock, inputs)}
 
 
+def optimizer(shape: Shape) -> dict[str, Form]:
+    """One update with gradients that never change."""
+
+    def form(fused: bool) -> Form:
+        built = shape.build().to(shape.device)
+        adamw = build_optimizer(
+            built, learning_rate=3e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8
+        )
+        set_seed(2)
+        for group in adamw.param_groups:
+            group["fused"] = fused or None
+            for parameter in group["params"]:
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+        largest = max(built.parameters(), key=torch.numel)
+
+        def call() -> torch.Tensor:
+            adamw.step()
+            return largest.detach()
+
+        return call
+
+    return {OURS: form(fused=True), "single operations": form(fused=False)}
+
+
 def model(shape: Shape) -> dict[str, Form]:
     """A training step without the optimizer: rows of one document each, no MTP loss in stock."""
     from transformers import AutoModelForCausalLM
@@ -165,6 +193,7 @@ def model(shape: Shape) -> dict[str, Form]:
         return _form(forward, list(module.parameters()))
 
     forms = {OURS: form(built)}
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         built.save_pretrained(folder)
         has_experts = any(isinstance(module, Experts) for module in built.modules())
@@ -181,6 +210,7 @@ PARTS: dict[str, Callable[[Shape], dict[str, Form]]] = {
     "loss": loss_head,
     "moe": moe,
     "delta_net": delta_net,
+    "optimizer": optimizer,
     "model": model,
 }
 
@@ -271,7 +301,7 @@ def markdown(found: dict[str, Any]) -> str:
     header = ["form", "s", "ours ÷ it", "peak MiB", "ours ÷ it", "operators", "host syncs"]
     return (
         f"{found['part']} of {found['model']} {found['overrides'] or ''} in {found['precision']}: "
-        f"forward and backward of {found['rows']} rows of {found['seq_len']} tokens; {compared}, "
+        f"{found['rows']} rows of {found['seq_len']} tokens; {compared}, "
         f"medians (minimum to maximum) of {found['repeats']} calls in turns; {found['device']}\n\n"
         + markdown_table(header, rows)
     )

@@ -1,6 +1,8 @@
 """python -m mini_llm.bench: that it measures what it says, not how fast anything is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -11,7 +13,8 @@ import torch
 from mini_llm.bench import __main__ as bench
 from mini_llm.bench import step
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
-from mini_llm.bench.names import PEERS
+from mini_llm.bench.names import PARTS, PEERS
+from tests.launching import REPOSITORY
 from tests.unit.prepare_fixtures import write_shards
 
 
@@ -158,3 +161,58 @@ def test_a_peer_that_needs_a_gpu_is_refused_in_one_sentence(
     with pytest.raises(SystemExit):
         bench.main([*STEP_FLAGS, "--peers", "trainer_fast"])
     assert capsys.readouterr().err.startswith("--peers: trainer_fast needs a GPU and liger-kernel")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_forms_of_each_part_agree_and_their_figures_are_written(part: str, tmp_path: Path) -> None:
+    model = {
+        "delta_net": "mini_qwen3_next_tiny",
+        "optimizer": "mini_llama3_tiny",
+        "model": "mini_llama3_tiny",
+    }.get(part, "mini_deepseekv3_tiny")
+    overrides = {"num_hidden_layers": 2, "vocab_size": 320}
+    bench.main(
+        [
+            *(part, "--model", model, "--model_overrides", json.dumps(overrides)),
+            *("--rows", "2", "--seq_len", "64", "--steps", "2", "--device", "cpu"),
+            *("--json", str(tmp_path / "figures.json"), "--markdown", str(tmp_path / "table.md")),
+        ]
+    )
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert len(found["forms"]) >= 2 and found["forms"]["ours"]["ours_over_it"] == 1
+    for name, of in found["forms"].items():
+        assert f"| {name} |" in (tmp_path / "table.md").read_text()
+        assert min(of["cpu_seconds"], of["clock_seconds"], of["operators"]) > 0
+        assert {"peak_memory_bytes", "host_syncs"} <= of.keys()
+
+
+def test_all_writes_the_figures_of_each_of_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = bench.all_commands("cpu", 2)
+    kinds = [command[0] for command in commands]
+    assert {*PARTS, "step", "checkpoint", "attention", "traffic"} == set(kinds)
+    for command in [*commands, *bench.all_commands("cuda", 20)]:
+        bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
+    monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
+    figures, table = tmp_path / "figures.json", tmp_path / "tables.md"
+    bench.main(["all", "--device", "cpu", "--json", str(figures), "--markdown", str(table)])
+    line = "python -m mini_llm.bench traffic --gpus 8"
+    assert list(json.loads(figures.read_text())) == [line]
+    assert table.read_text().startswith(f"`{line}`\n\n| model, engine | 8 GPUs |")
+
+
+@pytest.mark.slow
+def test_checkpoint_figures_are_of_saves_between_steps(tmp_path: Path) -> None:
+    overrides = json.dumps({"num_hidden_layers": 1, "hidden_size": 64, "head_dim": 16})
+    command = [
+        *(sys.executable, "-m", "mini_llm.bench", "checkpoint", "--model", "mini_llama3_tiny"),
+        *("--model_overrides", overrides, "--rows", "1", "--seq_len", "16", "--steps", "2"),
+        *("--json", str(tmp_path / "figures.json")),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["engine"] == "DeepSpeed ZeRO-1 on 1 rank(s)"
+    assert min(found["step_seconds"], found["save_seconds"]) > 0
+    # Weights of 32,004 × 64 and more, as they are and as master weights with two moments.
+    assert found["checkpoint_bytes"] > 4 * 4 * 32_004 * 64
