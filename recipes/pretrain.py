@@ -76,6 +76,7 @@ from mini_llm.training.interruption import Interruption, note_the_stop, what_is_
 from mini_llm.training.losses import combine_losses, mtp_weight_at
 from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from mini_llm.training.profiling import StepProfiler
 from mini_llm.training.rejected import describe_rejected, rejected_rows
 from mini_llm.training.run_folder import (
     check_run_folder,
@@ -261,10 +262,12 @@ def main(args: PretrainArguments) -> None:
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
     model.train()
     held = HeldBytes(model, optimizer)
+    profiler = StepProfiler(args.profile_steps, output_dir, accelerator.device)
     evaluated_at = 0
     step = start_step
     while step < last_step:
         step += 1
+        profiler.begin_step(step)
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
         timer.begin_step(is_logged=what_is_due(args, step, is_last=step == last_step).log)
@@ -420,6 +423,7 @@ def main(args: PretrainArguments) -> None:
     for line in describe_rejected(rejected_rows(stream)):
         log.say(line)
     stream.close()
+    profiler.close()
     log.close()
     timer.close()
     interruption.close()

@@ -1,13 +1,17 @@
 """The project's own benchmark: one figure after the other, with what it was taken on.
 
-    python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --output bench_data.json
+    python -m mini_llm.bench step --model mini_llama3 --engine none zero1 --peers bare trainer
+    python -m mini_llm.bench moe --model_overrides '{"n_routed_experts": 64}' --precision bf16
+    python -m mini_llm.bench data --input data/fineweb/4_5/000000.parquet --json bench_data.json
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
+    python -m mini_llm.bench all --json bench.json --markdown bench.md
 
-Those of traffic are computed by a formula. The others are medians, with minimum and maximum, of CPU
-time in one process; variants that are compared take turns.
+Those of traffic are computed by a formula. The others are medians, with minimum and maximum, of
+variants that take turns: on a CPU of CPU time, which other work on the machine hardly touches, on a
+GPU of its own time. Set OMP_NUM_THREADS=1 for figures of one thread.
 """
 
 from __future__ import annotations
@@ -18,30 +22,83 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..data.tokenizer import DEFAULT_TOKENIZER
-from . import data
+from .names import ENGINES, PARTS, PEERS, PRESETS
 
-PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
+# What `all` runs besides, with --input, data: on a CPU in minutes, on a GPU at the presets' size.
+SMALL = [*("--rows", "4", "--seq_len", "256"), "--device", "cpu"]
+LARGE = [*("--rows", "16", "--seq_len", "2048"), "--device", "cuda"]
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Command-line entry."""
+def all_commands(device: str, steps: int) -> list[list[str]]:
+    """The command lines of `all`."""
+    size, tiny = (LARGE, "") if device == "cuda" else (SMALL, "_tiny")
+    count = ["--steps", str(steps)]
+    commands = [
+        [
+            *("step", "--model", f"{model}{tiny}", *size, *count, "--precision", precision),
+            *("--engine", "none", "zero1", "--peers", "bare", "trainer", "accelerate"),
+        ]
+        for model in PRESETS
+        for precision in ("fp32", "bf16")
+    ]
+    for part in PARTS:
+        models = PRESETS if part == "model" else [_DEFAULT_MODELS.get(part, "mini_deepseekv3")]
+        for model in models:
+            name = f"{model}{tiny}" if part == "model" else model
+            for precision in ("fp32", "bf16"):
+                flags = ["--model", name, *size, *count, "--precision", precision]
+                commands.append([part, *flags])
+    commands.append(["checkpoint", "--model", f"mini_llama3{tiny}", *size[:4], *count])
+    if device == "cpu":
+        commands.append(["attention", "--repeats", str(steps)])
+    return [*commands, ["traffic"]]
+
+
+_DEFAULT_MODELS = {"step": "mini_llama3_tiny", "delta_net": "mini_qwen3_next"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mini_llm.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_subparsers(dest="what", required=True)
-    of_data = what.add_parser("data", help="text to packed rows, and packed rows read back")
-    of_data.add_argument(
-        "--input", type=Path, nargs="+", required=True, help="text: .parquet, .jsonl or folders"
+    of_step = what.add_parser("step", help="a training step, and by what people use instead")
+    of_step.add_argument(
+        "--engine", nargs="+", choices=ENGINES, default=["none"], help="default: none"
     )
-    of_data.add_argument(
-        "--tokenizer", type=Path, default=DEFAULT_TOKENIZER, help="default: the project's"
+    of_step.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=["bare", "trainer"],
+        help="what to measure beside it (default: bare trainer); accelerate takes the ZeRO stage "
+        "of the last --engine, or 1",
     )
-    of_data.add_argument("--seq_len", type=int, default=2048, help="tokens per row (default: 2048)")
-    of_data.add_argument("--repeats", type=int, default=20, help="timed calls (default: 20)")
+    of_step.add_argument(
+        "--torch_compile", action="store_true", help="each engine with compiled layers too"
+    )
+    of_step.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
+    of_checkpoint = what.add_parser("checkpoint", help="how long a save keeps training waiting")
+    of_checkpoint.add_argument("--engine", choices=ENGINES, default="zero1", help="default: zero1")
+    of_parts = [what.add_parser(name, help=help) for name, help in PARTS.items()]
+    for command in (of_step, of_checkpoint, *of_parts):
+        name = command.prog.split()[-1]
+        model = _DEFAULT_MODELS.get(name, "mini_deepseekv3")
+        command.add_argument("--model", default=model, help="preset (default: %(default)s)")
+        command.add_argument(
+            "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+        )
+        command.add_argument(
+            "--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32"
+        )
+        command.add_argument("--rows", type=int, default=4, help="of a micro-batch (default: 4)")
+        command.add_argument("--seq_len", type=int, default=512, help="default: 512")
+        command.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
     of_attention = what.add_parser("attention", help="packed rows: per document, and with a mask")
     of_attention.add_argument("--seq_len", type=int, default=2048, help="default: 2048")
     of_attention.add_argument(
@@ -53,6 +110,13 @@ def main(command_line: Sequence[str] | None = None) -> None:
     of_attention.add_argument(
         "--repeats", type=int, default=10, help="timed calls, each of another row (default: 10)"
     )
+    of_data = what.add_parser("data", help="text to packed rows, and packed rows read back")
+    of_data.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="text: .parquet, .jsonl or folders"
+    )
+    of_data.add_argument("--tokenizer", type=Path, help="default: the project's")
+    of_data.add_argument("--seq_len", type=int, default=2048, help="tokens per row (default: 2048)")
+    of_data.add_argument("--repeats", type=int, default=20, help="timed calls (default: 20)")
     of_experts = what.add_parser("experts", help="spread over ranks, and whole on each of them")
     of_experts.add_argument(
         "--model", default="mini_deepseekv3_tiny", help="preset (default: %(default)s)"
@@ -88,48 +152,132 @@ def main(command_line: Sequence[str] | None = None) -> None:
         of_traffic.add_argument(
             f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
         )
-    for command in (of_data, of_attention, of_experts, of_traffic):
-        command.add_argument("--output", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args(command_line)
+    of_all = what.add_parser("all", help="everything that needs one process, in a default size")
+    of_all.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
+    of_all.add_argument("--input", type=Path, nargs="+", help="text, to measure data on too")
+    for command in (of_step, *of_parts, of_all):
+        command.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+        )
+    for command in what.choices.values():
+        command.add_argument("--json", type=Path, help="file for the figures")
+        command.add_argument("--markdown", type=Path, help="file for the tables")
+    return parser
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(figures, tables) of one command line; each is printed when it is there."""
+    if args.what == "all":
+        return measure_all(args)
+    # Imported here: --help need not wait for torch.
+    if args.what == "step":
+        from . import step
+
+        figures = step.run(
+            args.model,
+            args.model_overrides,
+            args.engine,
+            args.precision,
+            args.peers,
+            torch_compile=args.torch_compile,
+            rows=args.rows,
+            seq_len=args.seq_len,
+            micro_batches=args.micro_batches,
+            steps=args.steps,
+            device=args.device,
+        )
+        return figures, step.markdown(figures)
+    if args.what == "checkpoint":
+        from . import checkpoint
+
+        figures = checkpoint.run(
+            args.model,
+            args.model_overrides,
+            engine_name=args.engine,
+            precision=args.precision,
+            rows=args.rows,
+            seq_len=args.seq_len,
+            repeats=args.steps,
+        )
+        return figures, checkpoint.markdown(figures)
+    if args.what in PARTS:
+        from . import parts
+
+        figures = parts.run(
+            args.what,
+            args.model,
+            args.model_overrides,
+            precision=args.precision,
+            rows=args.rows,
+            seq_len=args.seq_len,
+            repeats=args.steps,
+            device=args.device,
+        )
+        return figures, parts.markdown(figures)
+    if args.what == "attention":
+        from . import attention
+
+        figures = attention.run(args.seq_len, args.documents, args.seed, args.repeats)
+        return figures, attention.markdown(figures)
+    if args.what == "data":
+        from ..data.tokenizer import DEFAULT_TOKENIZER
+        from . import data
+
+        tokenizer = args.tokenizer or DEFAULT_TOKENIZER
+        figures = data.run(args.input, tokenizer, args.seq_len, args.repeats)
+        return figures, data.markdown(figures)
+    if args.what == "experts":
+        from . import experts
+
+        figures = experts.run(
+            args.model, args.model_overrides, args.experts, args.rows, args.seq_len, args.repeats
+        )
+        return figures, experts.markdown(figures)
+    from . import traffic
+
+    figures = traffic.run(
+        args.model,
+        args.gpus,
+        args.global_batch_tokens,
+        args.seq_len,
+        args.per_device_train_batch_size,
+        bf16=args.bf16 == "true",
+        gradient_checkpointing=args.gradient_checkpointing == "true",
+    )
+    return figures, traffic.markdown(figures)
+
+
+def measure_all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Each of :func:`all_commands`: command line -> figures, and the tables below each other."""
+    from .measure import choose_device
+
+    commands = all_commands(choose_device(args.device).type, args.steps)
+    if args.input:
+        paths = [str(path) for path in args.input]
+        commands.append(["data", "--input", *paths, "--repeats", str(args.steps)])
+    figures: dict[str, Any] = {}
+    tables = []
+    for command in commands:
+        line = " ".join(["python -m mini_llm.bench", *command])
+        print(f"\n{line}", flush=True)
+        figures[line], table = measure(build_parser().parse_args(command))
+        tables.append(f"`{line}`\n\n{table}")
+    return figures, "\n\n".join(tables)
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Command-line entry."""
+    args = build_parser().parse_args(command_line)
     try:
-        if arguments.what == "data":
-            figures = data.run(
-                arguments.input, arguments.tokenizer, arguments.seq_len, arguments.repeats
-            )
-        elif arguments.what == "experts":
-            from . import experts
-
-            figures = experts.run(
-                arguments.model,
-                arguments.model_overrides,
-                arguments.experts,
-                arguments.rows,
-                arguments.seq_len,
-                arguments.repeats,
-            )
-        elif arguments.what == "traffic":
-            from . import traffic
-
-            figures = traffic.run(
-                arguments.model,
-                arguments.gpus,
-                arguments.global_batch_tokens,
-                arguments.seq_len,
-                arguments.per_device_train_batch_size,
-                bf16=arguments.bf16 == "true",
-                gradient_checkpointing=arguments.gradient_checkpointing == "true",
-            )
-        else:
-            from . import attention  # not above: --help need not wait for torch
-
-            figures = attention.run(
-                arguments.seq_len, arguments.documents, arguments.seed, arguments.repeats
-            )
+        figures, tables = measure(args)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    if arguments.output and int(os.environ.get("RANK", "0")) == 0:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if int(os.environ.get("RANK", "0")) == 0:
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        if args.markdown:
+            args.markdown.write_text(tables + "\n")
 
 
 if __name__ == "__main__":

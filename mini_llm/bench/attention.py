@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..models import build_model, list_models
 from ..models.common.attention import attend
 from ..models.common.documents import Documents
-from .measure import interleaved, machine, median_and_range, peak_memory
+from .measure import interleaved, machine, markdown_table, median_and_range, peak_memory
 
 # sdpa under another name. The models have a per-document path for "sdpa" only: under this name they
 # build a block-diagonal mask, as for every implementation that they do not know.
@@ -86,6 +86,25 @@ def run(seq_len: int, documents: int, seed: int, repeats: int) -> dict[str, Any]
         "blocks_of_square": share,
         **comparisons,
     }
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    rows = [
+        [
+            name,
+            f"{of['ratio']:.3f}",
+            f"{of['packed_ms']:.0f} / {of['dense_ms']:.0f}",
+            f"{of['packed_peak_mib']:.1f} / {of['dense_peak_mib']:.1f}",
+        ]
+        for name, of in figures.items()
+        if isinstance(of, dict)
+    ]
+    return (
+        f"Packed ÷ dense, CPU time of forward and backward of a row of {figures['seq_len']} tokens "
+        f"in {figures['documents']} documents, medians of {figures['repeats']} rows\n\n"
+        + markdown_table(["what", "packed ÷ dense", "ms", "peak MiB"], rows)
+    )
 
 
 def random_row(seq_len: int, documents: int) -> Documents:
@@ -208,7 +227,8 @@ def _compare(
         arguments = cycle([how(row) for row in rows])
         return lambda: call(**next(arguments))
 
-    seconds = interleaved({way: in_turn(how) for way, how in ways.items()}, len(rows))
+    taken = interleaved({way: in_turn(how) for way, how in ways.items()}, len(rows))
+    seconds = {way: of["cpu"] for way, of in taken.items()}
     ratios = [a / b for a, b in zip(seconds["packed"], seconds["dense"], strict=True)]
     figures = {"ratio": statistics.median(ratios)}
     for way, how in ways.items():

@@ -23,7 +23,7 @@ from ..parallel import engine
 from ..parallel.environment import prepare_environment, rank, world_size
 from ..parallel.expert_parallel import find_wire, spread_experts
 from ..training.optimizer import build_optimizer
-from .measure import machine, median_and_range
+from .measure import machine, markdown_table, median_and_range
 
 VOCABULARY = 320
 
@@ -95,6 +95,27 @@ def run(
             f"{figures['spread_over_whole_cpu']:.3f} (median of the ratios of neighbouring steps)"
         )
     return figures
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    rows = [
+        [
+            what,
+            f"{figures[key]['whole']:.3g} / {figures[key]['spread']:.3g}",
+            f"{figures[ratio]:.3f}",
+        ]
+        for what, key, ratio in (
+            ("CPU time", "cpu_seconds", "spread_over_whole_cpu"),
+            ("clock", "clock_seconds", "spread_over_whole_clock"),
+        )
+    ]
+    return (
+        f"{figures['model']} {figures['overrides']}, {figures['engine']}, "
+        f"{figures['rows_per_rank']} rows of {figures['seq_len']} tokens a rank, medians of "
+        f"{figures['repeats']} steps\n\n"
+        + markdown_table(["time", "whole / spread, s", "spread ÷ whole"], rows)
+    )
 
 
 def _median_ratio(seconds: dict[str, list[float]]) -> float:

@@ -8,33 +8,74 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of `repeats` calls of each variant, after one call that is not timed.
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` means: auto is a GPU where there is one."""
+    import torch
 
-    The variants take turns, so that what else the machine does meets all of them alike. CPU time
-    is that of this process with all its threads: other processes do not count.
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of `repeats` calls of each variant, after one call that is not timed.
+
+    The variants take turns, so that what else the machine does meets all of them alike. ``cpu`` is
+    the CPU time of this process with all its threads: other processes do not count. ``clock`` is
+    real time; on a CUDA device the call waits for it.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    cuda = device is not None and device.type == "cuda"
+
+    def wait() -> None:
+        if cuda:
+            import torch
+
+            torch.cuda.synchronize(device)
+
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"cpu": [], "clock": []} for name in variants
+    }
     for variant in variants.values():
         variant()
     for _ in range(repeats):
         for name, variant in variants.items():
-            started = time.process_time()
+            wait()
+            cpu, clock = time.process_time(), time.perf_counter()
             variant()
-            seconds[name].append(time.process_time() - started)
+            wait()
+            seconds[name]["cpu"].append(time.process_time() - cpu)
+            seconds[name]["clock"].append(time.perf_counter() - clock)
     return seconds
 
 
 def median_and_range(values: list[float]) -> str:
     """Return the median with minimum and maximum, for a table."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def allocations(call: Callable[[], Any]) -> list[int]:
@@ -56,8 +97,18 @@ def allocations(call: Callable[[], Any]) -> list[int]:
     return [event["args"]["Bytes"] for event in sorted(blocks, key=lambda event: event["ts"])]
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
-    """Return the most bytes that torch held on the CPU during `call`, beyond those before it."""
+def peak_memory(call: Callable[[], Any], device: torch.device | None = None) -> int:
+    """Return the most bytes that torch held during `call`, beyond those before it.
+
+    On a CUDA `device` those that its allocator gave out there, else those on the CPU.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     return max(accumulate(allocations(call)), default=0)
 
 

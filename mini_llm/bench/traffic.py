@@ -63,7 +63,7 @@ def run(
         f"much of it leaves a node of {GPUS_PER_NODE} GPUs, as a mean over the node's ranks."
     )
     print()
-    print(table(figures, gpus))
+    print(markdown(figures))
     return figures
 
 
@@ -95,15 +95,16 @@ def _figures(traffic: list[Traffic]) -> dict[str, float]:
     return {"sent": sent(traffic), "sent_between_nodes": between_nodes(traffic)}
 
 
-def table(figures: dict[str, Any], gpus: list[int]) -> str:
-    """The figures in Markdown."""
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    gpus = list(next(iter(figures.values())))
     lines = [
         "| model, engine | " + " | ".join(f"{ranks} GPUs | between nodes" for ranks in gpus) + " |",
         "|---" * (1 + 2 * len(gpus)) + "|",
     ]
     for row, of_gpus in figures.items():
         cells = [
-            f"{of_gpus[str(ranks)][what] / 1e6:,.0f}"
+            f"{of_gpus[ranks][what] / 1e6:,.0f}"
             for ranks in gpus
             for what in ("sent", "sent_between_nodes")
         ]

@@ -58,7 +58,7 @@ def build_accelerator(
     if deepspeed is not None:
         join_as_single_process()
         if cpu:
-            _spare_cpu_the_extension_build()
+            spare_cpu_the_extension_build()
         arguments: dict[str, Any] = {
             "micro_batch_size": micro_batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -120,7 +120,7 @@ def limit_collectives(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
-def _spare_cpu_the_extension_build() -> None:
+def spare_cpu_the_extension_build() -> None:
     """Keep DeepSpeed from compiling its shared-memory communication op.
 
     Launched by torchrun, DeepSpeed never uses that op, yet builds it at start: 20 s, a failure

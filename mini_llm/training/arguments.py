@@ -115,6 +115,11 @@ class RunArguments:
         None,
     )
     run_name: str | None = _arg("name of the run in W&B (default: the output folder's name)", None)
+    profile_steps: str | None = _arg(
+        "first:last optimizer steps to profile, into output_dir/profile/rank-<r>/: a torch "
+        "profiler trace and, on a CUDA device, a memory snapshot",
+        None,
+    )
     sample_prompts: list[Any] = _arg(
         "begins of texts to continue at every evaluation and when training ends (JSON list)", []
     )
@@ -399,6 +404,17 @@ def steps_of_epochs(args: SftArguments, rows_per_epoch: int | None) -> int:
     return math.ceil(args.num_train_epochs * rows_per_epoch / args.rows_per_step())
 
 
+def profiled_steps(text: str) -> tuple[int, int]:
+    """First and last step of ``--profile_steps``. Raises ValueError naming the flag."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"--profile_steps {text}: give the first and the last optimizer step to profile, "
+            "counted from 1, as 10:12"
+        )
+    return int(first), int(last)
+
+
 def check_arguments(args: RunArguments, world_size: int) -> None:
     """Refuse values that cannot train, before anything is built. Raises ValueError."""
     positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
@@ -460,6 +476,13 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         )
     if args.decay < 0 or (args.lr_scheduler_type == "wsd" and args.decay > args.max_steps):
         raise ValueError(f"--decay_steps is {args.decay}; it must lie in 0..{args.max_steps}")
+    if args.profile_steps is not None:
+        _, last = profiled_steps(args.profile_steps)
+        if last > args.max_steps:
+            raise ValueError(
+                f"--profile_steps {args.profile_steps} ends after --max_steps {args.max_steps}; "
+                "give steps that the run takes"
+            )
     unknown = set(args.trackers) - {"tensorboard", "wandb"}
     if unknown:
         raise ValueError(f"--report_to: {sorted(unknown)[0]!r} is not tensorboard, wandb or none")

@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mini_llm.parallel.engine import _spare_cpu_the_extension_build
+from mini_llm.parallel.engine import spare_cpu_the_extension_build
 from mini_llm.parallel.environment import join_as_single_process, prepare_environment
 
 prepare_environment()
 join_as_single_process()
-_spare_cpu_the_extension_build()
+spare_cpu_the_extension_build()
 
 import deepspeed
 import torch

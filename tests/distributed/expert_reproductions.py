@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mini_llm.parallel.engine import _spare_cpu_the_extension_build
+from mini_llm.parallel.engine import spare_cpu_the_extension_build
 from mini_llm.parallel.environment import prepare_environment, rank
 
 prepare_environment()
-_spare_cpu_the_extension_build()
+spare_cpu_the_extension_build()
 
 import deepspeed
 import torch

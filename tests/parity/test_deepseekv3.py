@@ -15,9 +15,9 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 
 from mini_llm import build_model, load_model
+from mini_llm.bench.operators import Operators
 from mini_llm.models.common.loss import next_tokens
 from mini_llm.models.deepseekv3.modeling import mtp_targets, reaches, sequence_balance_loss
-from tests.parity.operators import Operators
 
 SMALL = {"vocab_size": 160, "pad_token_id": 0, "eos_token_id": 0}
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3NextForCausalLM, StaticCache
 
 from mini_llm import build_model, load_model
+from mini_llm.bench.operators import Operators
 from mini_llm.models.qwen3_next import kernels_in_use
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
-from tests.parity.operators import Operators
 
 SMALL = {"vocab_size": 160, "pad_token_id": 0, "eos_token_id": 0}
 

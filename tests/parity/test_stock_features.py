@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mini_llm import build_model, list_models, load_model
+from mini_llm.bench.operators import Operators
 from mini_llm.data.collate import collate
-from tests.parity.operators import Operators
 
 TINY = [name for name in list_models() if name.endswith("_tiny")]
 SMALL = {"vocab_size": 160, "pad_token_id": 0, "eos_token_id": 0}

@@ -1,5 +1,6 @@
 """recipes/pretrain.py as a user starts it, and what it says to a user's mistakes."""
 
+import gzip
 import json
 import os
 import re
@@ -26,12 +27,12 @@ from tests.trackers import assert_trackers_have_what_metrics_jsonl_has
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, six steps, evaluation, samples, TensorBoard and W&B offline."""
+    """Two ranks, six steps, two profiled, evaluation, samples, TensorBoard and W&B offline."""
     output_dir = tmp_path_factory.mktemp("finished") / "run"
     launch(
         *(*TINY_RUN, *tiny_data.flags, "--output_dir", str(output_dir)),
         *("--max_steps", "6", "--logging_steps", "2", "--eval_steps", "3", "--save_steps", "2"),
-        *("--max_eval_rows", "0"),
+        *("--max_eval_rows", "0", "--profile_steps", "3:4"),
         *("--save_total_limit", "2", "--report_to", "tensorboard,wandb"),
         *("--sample_prompts", '["a model", "训练"]', "--sample_max_new_tokens", "8"),
         config="zero2",
@@ -70,6 +71,18 @@ def test_a_run_leaves_the_files_of_the_run_folder(finished_run):
     assert samples.count("--- prompt 1") == samples.count("--- answer 2") == 3
     tensorboard = list((finished_run / "logs").rglob("events.out.tfevents*"))
     assert any(path.stat().st_size > 500 for path in tensorboard)
+
+
+def test_profiled_steps_leave_a_trace_of_each_rank_with_just_their_operators(finished_run):
+    updates = []
+    for rank in (0, 1):
+        folder = finished_run / "profile" / f"rank-{rank}"
+        assert [path.name for path in folder.iterdir()] == ["trace.json.gz"]  # no GPU here
+        with gzip.open(folder / "trace.json.gz", "rt") as file:
+            names = [event.get("name") for event in json.load(file)["traceEvents"]]
+        updates.append(names.count("Optimizer.step#AdamW.step"))
+        assert "aten::mm" in names and "[memory]" in names
+    assert updates == [4, 4]  # two steps, in each of which ZeRO updates two groups by themselves
 
 
 def test_the_log_of_every_rank_begins_with_the_facts_of_the_run(finished_run):

@@ -1,13 +1,20 @@
 """python -m mini_llm.bench: that it measures what it says, not how fast anything is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 
 from mini_llm.bench import __main__ as bench
+from mini_llm.bench import step
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
+from mini_llm.bench.names import PARTS, PEERS
+from tests.launching import REPOSITORY
 from tests.unit.prepare_fixtures import write_shards
 
 
@@ -16,7 +23,7 @@ def test_variants_take_turns_after_one_call_each_that_is_not_timed() -> None:
     variants = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
     seconds = interleaved(variants, repeats=3)
     assert "".join(calls) == "ab" + "ababab"
-    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert [(len(of["cpu"]), len(of["clock"])) for of in seconds.values()] == [(3, 3), (3, 3)]
 
 
 def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
@@ -24,7 +31,7 @@ def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
 ) -> None:
     monkeypatch.setattr("mini_llm.bench.data.STREAM_TOKENS", 1 << 16)
     write_shards(tmp_path / "in", 2)
-    flags = ["--seq_len", "64", "--repeats", "1", "--output", str(tmp_path / "figures.json")]
+    flags = ["--seq_len", "64", "--repeats", "1", "--json", str(tmp_path / "figures.json")]
     bench.main(["data", "--input", str(tmp_path / "in"), *flags])
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -67,7 +74,7 @@ def one_preset_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_figures_are_of_equal_results_at_three_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.main([*ATTENTION_FLAGS, "--output", str(tmp_path / "figures.json")])
+    bench.main([*ATTENTION_FLAGS, "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     printed = capsys.readouterr().out
     for name in ("mini_llama3 attention fp32", "mini_llama3 layer fp32", "mini_llama3_tiny fp32"):
@@ -93,3 +100,119 @@ def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         bench.main(["attention", "--seq_len", "4", "--documents", "5"])
     assert capsys.readouterr().err == "--documents: 5 is not between 1 and --seq_len 4\n"
+
+
+STEP_FLAGS = [
+    *("step", "--model_overrides", json.dumps({"num_hidden_layers": 1, "vocab_size": 64})),
+    *("--rows", "2", "--seq_len", "16", "--steps", "2", "--device", "cpu"),
+]
+
+
+def _step_figures(folder: Path, *flags: str) -> dict[str, Any]:
+    figures, table = folder / "figures.json", folder / "table.md"
+    bench.main([*STEP_FLAGS, *flags, "--json", str(figures), "--markdown", str(table)])
+    found: dict[str, Any] = json.loads(figures.read_text())
+    for name, of in found["loops"].items():
+        assert f"| {name} |" in table.read_text()
+        assert min(of["clock_seconds"], of["cpu_seconds"], of["tokens_per_second"]) > 0
+        assert min(of["operators"], of["peak_memory_bytes"]) > 0 and of["host_syncs"] is not None
+    return found
+
+
+def test_step_of_the_recipe_and_of_a_bare_loop_are_taken_in_turns_and_written(
+    tmp_path: Path,
+) -> None:
+    found = _step_figures(tmp_path, "--peers", "bare", "--micro_batches", "2")
+    recipe, bare = found["loops"].values()
+    assert found["steps"] == 2 and found["compared"] == "cpu"
+    assert found["ratios"] == {"recipe, engine none": {PEERS["bare"]: ANY}}
+    assert recipe["mean_loss"] == pytest.approx(bare["mean_loss"], rel=1e-5)
+    assert recipe["operators"] > bare["operators"] > 100  # the recipe counts, checks and logs
+    assert {"torch", "transformers", "deepspeed", "device", "precision"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_step_of_every_peer_trains_like_the_recipe(tmp_path: Path) -> None:
+    peers = [peer for peer in PEERS if peer not in ("bare", "trainer_fast")]
+    found = _step_figures(tmp_path, "--engine", "none", "zero1", "--peers", *peers)
+    losses = [of["mean_loss"] for of in found["loops"].values()]
+    assert len(losses) == 2 + len(peers)
+    assert max(losses) - min(losses) < 1e-4
+
+
+@pytest.mark.slow
+def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast(tmp_path: Path) -> None:
+    found = _step_figures(
+        tmp_path, "--engine", "zero1", "--precision", "bf16", "--peers", "bare", "accelerate"
+    )
+    assert len(found["loops"]) == 3
+
+
+def test_loops_that_train_differently_are_not_reported() -> None:
+    losses = {"a": {"mean_loss": 4.0}, "b": {"mean_loss": 4.1}}
+    with pytest.raises(RuntimeError, match="do not train alike"):
+        step._check_losses(losses, tolerance=1e-2)
+    step._check_losses(losses, tolerance=3e-2)
+
+
+def test_a_peer_that_needs_a_gpu_is_refused_in_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([*STEP_FLAGS, "--peers", "trainer_fast"])
+    assert capsys.readouterr().err.startswith("--peers: trainer_fast needs a GPU and liger-kernel")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_forms_of_each_part_agree_and_their_figures_are_written(part: str, tmp_path: Path) -> None:
+    model = {
+        "delta_net": "mini_qwen3_next_tiny",
+        "optimizer": "mini_llama3_tiny",
+        "model": "mini_llama3_tiny",
+    }.get(part, "mini_deepseekv3_tiny")
+    overrides = {"num_hidden_layers": 2, "vocab_size": 320}
+    bench.main(
+        [
+            *(part, "--model", model, "--model_overrides", json.dumps(overrides)),
+            *("--rows", "2", "--seq_len", "64", "--steps", "2", "--device", "cpu"),
+            *("--json", str(tmp_path / "figures.json"), "--markdown", str(tmp_path / "table.md")),
+        ]
+    )
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert len(found["forms"]) >= 2 and found["forms"]["ours"]["ours_over_it"] == 1
+    for name, of in found["forms"].items():
+        assert f"| {name} |" in (tmp_path / "table.md").read_text()
+        assert min(of["cpu_seconds"], of["clock_seconds"], of["operators"]) > 0
+        assert {"peak_memory_bytes", "host_syncs"} <= of.keys()
+
+
+def test_all_writes_the_figures_of_each_of_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = bench.all_commands("cpu", 2)
+    kinds = [command[0] for command in commands]
+    assert {*PARTS, "step", "checkpoint", "attention", "traffic"} == set(kinds)
+    for command in [*commands, *bench.all_commands("cuda", 20)]:
+        bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
+    monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
+    figures, table = tmp_path / "figures.json", tmp_path / "tables.md"
+    bench.main(["all", "--device", "cpu", "--json", str(figures), "--markdown", str(table)])
+    line = "python -m mini_llm.bench traffic --gpus 8"
+    assert list(json.loads(figures.read_text())) == [line]
+    assert table.read_text().startswith(f"`{line}`\n\n| model, engine | 8 GPUs |")
+
+
+@pytest.mark.slow
+def test_checkpoint_figures_are_of_saves_between_steps(tmp_path: Path) -> None:
+    overrides = json.dumps({"num_hidden_layers": 1, "hidden_size": 64, "head_dim": 16})
+    command = [
+        *(sys.executable, "-m", "mini_llm.bench", "checkpoint", "--model", "mini_llama3_tiny"),
+        *("--model_overrides", overrides, "--rows", "1", "--seq_len", "16", "--steps", "2"),
+        *("--json", str(tmp_path / "figures.json")),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["engine"] == "DeepSpeed ZeRO-1 on 1 rank(s)"
+    assert min(found["step_seconds"], found["save_seconds"]) > 0
+    # Weights of 32,004 × 64 and more, as they are and as master weights with two moments.
+    assert found["checkpoint_bytes"] > 4 * 4 * 32_004 * 64

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mini_llm.bench.measure import peak_memory
 from mini_llm.models.common import loss as loss_module
 from mini_llm.models.common.loss import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -49,23 +50,42 @@ def test_all_targets_ignored_gives_zero_loss_and_zero_gradient():
     assert loss.item() == 0 and hidden.grad.abs().max() == 0 and weight.grad.abs().max() == 0
 
 
-def test_peak_memory_stays_below_a_quarter_of_full_logits():
-    tokens, vocabulary = 2048, 32_000
+@pytest.mark.parametrize("rows", [1, 64, 1 << 12])
+def test_bf16_weight_gradient_does_not_depend_on_how_many_rows_are_added_at_once(rows, monkeypatch):
+    gradients = []
+    for added in (rows, 97):
+        monkeypatch.setattr(loss_module, "_CACHED_ROWS", added)
+        hidden, weight, targets = _inputs(torch.bfloat16)
+        linear_cross_entropy(hidden, weight, targets).backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
-    def largest_allocation(function) -> int:
-        hidden = torch.randn(tokens, 64, requires_grad=True)
-        weight = torch.randn(vocabulary, 64, requires_grad=True)
+
+def test_second_backward_pass_is_refused_instead_of_giving_other_gradients():
+    loss = linear_cross_entropy(*_inputs(torch.float32))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_is_within_1e_5_of_fp32_arithmetic_on_the_same_inputs(dtype):
+    hidden, weight, targets = (x.detach() for x in _inputs(dtype, tokens=500, vocabulary=997))
+    exact = linear_cross_entropy_reference(hidden.float(), weight.float(), targets)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_stays_below_a_quarter_of_full_logits(dtype):
+    tokens, vocabulary, size = 2048, 32_004, 256
+
+    def peak(function) -> int:
+        hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+        weight = torch.randn(vocabulary, size, dtype=dtype, requires_grad=True)
         targets = torch.randint(0, vocabulary, (tokens,))
-        with torch.profiler.profile(profile_memory=True) as profile:
-            function(hidden, weight, targets).backward()
-        # Allocations and frees in order: their running sum peaks at the memory really held.
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
+        return peak_memory(lambda: function(hidden, weight, targets).backward())
 
-    full = largest_allocation(linear_cross_entropy_reference)
+    full = peak(linear_cross_entropy_reference)
     assert full > 2 * tokens * vocabulary * 4  # logits and their gradient: the meter works
-    assert largest_allocation(linear_cross_entropy) <= 0.25 * full
+    assert peak(linear_cross_entropy) <= 0.25 * full

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+import wandb
 from wandb_workspaces.workspaces.internal import WorkspaceViewspec
 
-import wandb
 from mini_llm import dashboard
 from tests.metrics_page import documented_metrics
 from tests.wandb_server import REFUSE, WandbServer

@@ -126,6 +126,9 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
         ({"save_total_limit": 0}, "--save_total_limit"),
         ({"max_steps": 0}, "--max_steps"),
         ({"data": {}}, "--data is empty"),
+        ({"profile_steps": "12"}, "--profile_steps 12: give the first and the last"),
+        ({"profile_steps": "12:10"}, "--profile_steps 12:10: give the first and the last"),
+        ({"profile_steps": "10:900000"}, "ends after --max_steps"),
     ],
 )
 def test_values_that_cannot_train_are_refused_by_flag(changes, expected):

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-
 import wandb
+
 from mini_llm.parallel.environment import free_port
 from mini_llm.training import wandb_tracker
 from mini_llm.training.wandb_tracker import WandbTracker

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .precision import products_like
+
 CHUNK_SIZE = 64  # tokens: the work inside a chunk grows with C, the sequential steps with T/C
 
 
@@ -122,7 +124,8 @@ def delta_rule_chunked(
         u = U − W S,      S ← γ_C S + (δ K)ᵀ u,      o = γ Q S + (Γ ⊙ Q Kᵀ) u.
 
     Γ, γ and δ are zero across a document boundary, exactly, so that nothing is carried over it.
-    The matmuls run in autocast's dtype; decays, the triangular solve and the state stay in fp32.
+    The matmuls run in autocast's dtype (:func:`delta_rule` sees to it that it is the run's);
+    decays, the triangular solve and the state stay in fp32.
     """
     B, T, H, v = value_BTHv.shape
     K, k = key_BTKk.shape[2:]
@@ -306,19 +309,21 @@ def delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gated delta rule -> outputs (B, T, H, v) and the last state (B, H, k, v) in fp32.
 
-    fla's kernel is for bf16 and fp16: it would multiply fp32 in TF32.
+    fla's kernel is for bf16 and fp16: it would multiply fp32 in TF32. Products of 16-bit inputs are
+    16-bit products, under autocast and without.
     """
     inputs = (query_BTKk, key_BTKk, value_BTHv, log_decay_BTH, beta_BTH)
     document_ids = None if boundaries is None else boundaries.document_ids
     if query_BTKk.shape[1] == 1:
         return delta_rule_reference(*inputs, initial_state)
     half_precision = query_BTKk.dtype in (torch.bfloat16, torch.float16)
-    if kernels is None or kernels.delta_rule is None or not half_precision:
-        return delta_rule_chunked(*inputs, initial_state, document_ids)
-    if query_BTKk.device.type != kernels.device_type:
-        return delta_rule_chunked(*inputs, initial_state, document_ids)
+    kernel = None if kernels is None else kernels.delta_rule
+    on_its_device = kernels is not None and query_BTKk.device.type == kernels.device_type
+    if kernel is None or not (half_precision and on_its_device):
+        with products_like(query_BTKk):
+            return delta_rule_chunked(*inputs, initial_state, document_ids)
     if boundaries is None:
-        output, state = kernels.delta_rule(
+        output, state = kernel(
             *inputs,
             initial_state=initial_state,
             output_final_state=True,
@@ -326,7 +331,7 @@ def delta_rule(
         )
         return output, state
     # Variable lengths want one row; with the documents' boundaries the rows need none of their own.
-    output, states = kernels.delta_rule(
+    output, states = kernel(
         *(x.flatten(0, 1).unsqueeze(0) for x in inputs),
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,

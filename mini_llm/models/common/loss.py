@@ -21,6 +21,7 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 23
 _GPU_CHUNK_ELEMENTS = 1 << 27
 _GPU_VOCAB_MULTIPLE = 64
+_CACHED_ROWS = 1 << 12  # of a bf16 weight gradient: what a CPU adds up before it leaves its cache
 
 
 def next_tokens(
@@ -105,6 +106,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        added_rows = weight_VD.shape[0] if on_gpu else _CACHED_ROWS
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         # Autocast would leave products into an existing tensor (addmm_) in fp32.
         dtype = compute_dtype(hidden_ND)
@@ -123,25 +125,29 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     continue
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
-                if grad_weight is not None:
-                    if dtype == torch.float32:
-                        grad_weight.addmm_(grad_logits[:, :V].T, h)
-                    else:  # the product is rounded to bf16 once a chunk, the sum over chunks is not
-                        grad_weight += (grad_logits.T @ h)[:V]
-        ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype)
-        )
+                if grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits[:, :V].T, h)
+                elif grad_weight is not None:
+                    # The product is rounded to bf16 once a chunk, the sum over chunks is not.
+                    for v in range(0, V, added_rows):
+                        part = grad_logits[:, v : v + added_rows] if added_rows < V else grad_logits
+                        grad_weight[v : v + added_rows] += (part.T @ h)[: V - v]
+                del grad_logits  # else it lives beside the next chunk's logits
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        ctx.gradients = grad_hidden, grad_weight
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("this loss keeps its gradients for one backward pass only")
+        for gradient in ctx.gradients:
+            if gradient is not None:  # in place: the weight's is a large part of all memory
+                gradient.mul_(grad_loss.to(gradient.dtype))
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        return grad_hidden, grad_weight, None
 
 
 def linear_cross_entropy(

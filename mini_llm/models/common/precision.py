@@ -33,3 +33,14 @@ def full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
     if autocast_dtype(x) is None:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def products_like(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Where autocast is off, switch it to x's dtype if that is a 16-bit one.
+
+    For a computation that keeps fp32 values beside 16-bit inputs and wants its matrix products in
+    the inputs' dtype all the same, as in a model whose weights themselves are bf16 (DeepSpeed).
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or autocast_dtype(x) is not None:
+        return nullcontext()
+    return torch.autocast(x.device.type, dtype=x.dtype)

@@ -1,0 +1,20 @@
+"""Names on the command line of the benchmark, apart so that --help need not wait for torch."""
+
+PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
+ENGINES = ["none", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+# The loops beside the recipe's, and what a table calls them.
+PEERS = {
+    "bare": "bare PyTorch loop, this project's class",
+    "bare_stock": "bare PyTorch loop, stock class",
+    "trainer": "HF Trainer, stock class",
+    "trainer_fast": "HF Trainer, stock class, torch_compile and use_liger_kernel",
+    "accelerate": "stock Accelerate + DeepSpeed, this project's class",
+    "accelerate_stock": "stock Accelerate + DeepSpeed, stock class",
+}
+PARTS = {
+    "loss": "the LM head and its loss, and with all logits at once",
+    "moe": "a layer's experts, and by transformers",
+    "delta_net": "the gated delta rule, and by transformers",
+    "optimizer": "AdamW's update, fused and by single operations",
+    "model": "forward and backward of a whole model, and of transformers' class",
+}
