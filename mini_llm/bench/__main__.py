@@ -80,7 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
         "of the last --engine, or 1",
     )
     of_step.add_argument(
-        "--torch_compile", action="store_true", help="each engine with compiled layers too"
+        "--torch_compile",
+        nargs="+",
+        choices=("true", "false"),
+        help="layers compiled or not, or each engine both ways (default: as the recipes, on a GPU)",
     )
     of_step.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
     of_checkpoint = what.add_parser("checkpoint", help="how long a save keeps training waiting")
@@ -179,7 +182,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             args.engine,
             args.precision,
             args.peers,
-            torch_compile=args.torch_compile,
+            compiled=args.torch_compile and [choice == "true" for choice in args.torch_compile],
             rows=args.rows,
             seq_len=args.seq_len,
             micro_batches=args.micro_batches,

@@ -48,7 +48,7 @@ def run(
     precision: str,
     peers: list[str],
     *,
-    torch_compile: bool,
+    compiled: list[bool] | None = None,
     rows: int,
     seq_len: int,
     micro_batches: int,
@@ -77,19 +77,19 @@ def run(
         np.save(Path(folder, TOKENS), tokens)
         jobs = {}
         for engine in engines:
-            for compiled in (False, True) if torch_compile else (False,):
-                name = f"recipe, engine {engine}{', torch.compile' if compiled else ''}"
-                jobs[name] = ("ours", engine, compiled)
+            for compile_it in compiled or [device == "cuda"]:
+                name = f"recipe, engine {engine}{', torch.compile' if compile_it else ''}"
+                jobs[name] = ("ours", engine, compile_it)
         for peer in peers:
             jobs[PEERS[peer]] = (peer, engines[-1], False)
         loops: dict[str, Loop] = {}
         try:
-            for name, (kind, engine, compiled) in jobs.items():
+            for name, (kind, engine, compile_it) in jobs.items():
                 job = Job(
                     folder=folder,
                     loop=kind,
                     engine=engine,
-                    compiled=compiled,
+                    compiled=compile_it,
                     bf16=precision == "bf16",
                     rows=rows,
                     micro_batches=micro_batches,

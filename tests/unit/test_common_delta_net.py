@@ -12,6 +12,7 @@ from mini_llm.models.common.delta_net import (
     delta_rule_chunked,
     delta_rule_reference,
     short_convolution,
+    why_fla_is_wrong,
 )
 from mini_llm.models.common.documents import document_ids, find_documents
 
@@ -212,3 +213,24 @@ def test_without_a_gpu_the_pytorch_forms_are_in_use_and_named(monkeypatch):
     names = delta_net.find_kernels().names(half_precision=True)
     delta_net.find_kernels.cache_clear()
     assert names == {"delta_rule": "pytorch", "short_convolution": "pytorch"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "wrong"),
+    [
+        ((9, 0), "3.6.0", True),  # Hopper, the triton of torch 2.11
+        ((9, 0), "3.7.0", True),
+        ((9, 0), "3.7.1", False),
+        ((9, 0), "3.3.1", False),
+        ((8, 0), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+        ((9, 0), None, False),
+    ],
+)
+def test_fla_is_left_alone_where_its_gradients_are_wrong_and_the_banner_says_why(
+    capability, triton, wrong
+):
+    reason = why_fla_is_wrong(capability, triton)
+    assert bool(reason) == wrong
+    named = Kernels(refused=reason).names(half_precision=True)["delta_rule"]
+    assert named == (f"pytorch ({reason})" if wrong else "pytorch")

@@ -18,11 +18,13 @@ loop of steps, slow, what the others are tested against) and :func:`delta_rule_c
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 
 from .precision import products_like
 
@@ -256,14 +258,37 @@ class Kernels:
     delta_rule: Callable[..., Any] | None = None
     convolution: Callable[..., Any] | None = None
     device_type: str = "cuda"
+    refused: str = ""  # why fla, which is installed, does not compute the delta rule
 
     def names(self, half_precision: bool) -> dict[str, str]:
         """What computes the delta rule and the convolution, by package, for the start banner."""
-        fla = self.delta_rule is not None and half_precision
+        delta_rule = "fla" if self.delta_rule is not None and half_precision else "pytorch"
+        if self.refused and half_precision:
+            delta_rule = f"pytorch ({self.refused})"
         return {
-            "delta_rule": "fla" if fla else "pytorch",
+            "delta_rule": delta_rule,
             "short_convolution": "pytorch" if self.convolution is None else "causal_conv1d",
         }
+
+
+def why_fla_is_wrong(capability: tuple[int, int], triton_version: str | None) -> str:
+    """Why fla's gated delta rule must not be used on this GPU, or "".
+
+    On Hopper it computes wrong gradients with some versions of triton (fla issue 640). fla says so
+    too, but not before the first backward pass.
+    """
+    if triton_version is None or capability[0] != 9:
+        return ""
+    if not Version("3.4.0") <= Version(triton_version) < Version("3.7.1"):
+        return ""
+    return f"fla is wrong on Hopper with triton {triton_version}; it needs 3.7.1 or later"
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 @cache
@@ -275,7 +300,10 @@ def find_kernels() -> Kernels:
     if not torch.cuda.is_available():
         return Kernels()
     kernels = Kernels()
-    if find_spec("fla") is not None:
+    refused = why_fla_is_wrong(torch.cuda.get_device_capability(), _triton_version())
+    if find_spec("fla") is not None and refused:
+        kernels = replace(kernels, refused=refused)
+    elif find_spec("fla") is not None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         kernels = replace(kernels, delta_rule=chunk_gated_delta_rule)
