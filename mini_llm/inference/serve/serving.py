@@ -1,0 +1,104 @@
+"""Loading the checkpoint and running the server around it."""
+
+import argparse
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from mini_llm.data.tokenizer import load_tokenizer
+
+from .app import build_app
+from .engines import Engine, make_engine
+from .guard import Limits
+from .handlers import Served
+from .metrics import Metrics
+
+SECONDS_TO_DRAIN = 5  # that running answers get after a signal to end
+SECONDS_FOR_A_BODY = 30
+SECONDS_TO_READ = 30  # that a client gets to take the end of its answer
+
+
+def serve(
+    checkpoint: Path,
+    arguments: argparse.Namespace,
+    *,
+    name: str,
+    key: str | None,
+    listener: socket.socket,
+) -> None:
+    """Answer requests until a signal comes. Raises ValueError for a checkpoint that cannot be."""
+    transformers.utils.logging.set_verbosity_error()  # its handlers log every request as a warning
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(checkpoint)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+    # The stock class: what continuous batching is made for and tested with.
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=arguments.dtype, local_files_only=True
+    )
+    model = model.to(device).eval()
+    context = model.config.max_position_embeddings
+    rows = arguments.max_concurrent_requests
+    engine = make_engine(model, end_tokens(model, tokenizer), rows=rows, context=context)
+
+    served = Served(
+        name=name,
+        tokenizer=tokenizer,
+        generation_config=model.generation_config,
+        vocab_size=model.config.vocab_size,
+        engine=engine,
+        slots=asyncio.Semaphore(rows),
+        metrics=Metrics(),
+        context=context,
+        max_prompt_tokens=arguments.max_prompt_tokens or context,
+        max_new_tokens=arguments.max_new_tokens_limit or context,
+        seconds=arguments.request_timeout,
+    )
+    limits = Limits(
+        max_body_bytes=arguments.max_body_bytes,
+        body_seconds=SECONDS_FOR_A_BODY,
+        seconds=arguments.request_timeout + SECONDS_TO_READ,
+        max_requests=rows + arguments.max_waiting_requests,
+    )
+    app = build_app(
+        served,
+        limits=limits,
+        key=key,
+        cors_origins=arguments.cors_origins,
+        created=int((checkpoint / "config.json").stat().st_mtime),
+    )
+    run(app, engine, listener, f"{name}, {engine.name}, {model.dtype} on {model.device}")
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens at which an answer ends: the generation config's, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
+    """Serve the app until SIGTERM or Ctrl-C, give running answers a few seconds, and return."""
+    # uvicorn raises the signal again when it has shut down, which would end us by it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_DRAIN, server_header=False
+    )
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"serving {what}\nlistening on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        engine.close()
