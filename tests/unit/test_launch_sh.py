@@ -143,7 +143,7 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
     machine: Machine, arguments: list[str]
 ) -> None:
     result = machine.launch(*arguments)
-    assert_one_line(result, 2, "setup quickstart test pretrain sft verify doctor", *arguments)
+    assert_one_line(result, 2, "setup quickstart test pretrain sft serve verify doctor", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def build_app(
         for status, description in {
             400: "Not a valid request",
             401: "Wrong API key",
+            403: "Not for this machine",
             404: "Unknown model",
             408: "The body came too slowly",
             413: "The body is too long",
@@ -99,12 +100,14 @@ def build_app(
             504: "The answer took too long",
         }.items()
     }
+    # For the OpenAPI description; "default" keeps FastAPI from adding a 422 that is never sent.
+    errors["default"] = {"model": ErrorBody, "description": "Any other error"}
     app = FastAPI(
         title="mini-llm",
         lifespan=lifespan,
         docs_url=None,  # these pages load their scripts from the internet
         redoc_url=None,
-        responses={401: errors[401]} if key is not None else {},
+        responses={401: errors[401]} if key is not None else {403: errors[403]},
     )
     chat, text = ChatHandler(served), TextHandler(served)
     entry = ModelEntry(id=served.name, created=created, max_model_len=served.context)
@@ -139,7 +142,7 @@ def build_app(
     async def models() -> ModelList:
         return ModelList(data=[entry])
 
-    @app.get("/v1/models/{name:path}", responses={404: errors[404]})
+    @app.get("/v1/models/{name:path}", responses={404: errors[404], "default": errors["default"]})
     async def model(name: str) -> ModelEntry:
         check_model(name)
         return entry

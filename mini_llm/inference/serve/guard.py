@@ -6,6 +6,7 @@ A request passes KeyGuard, then RequestGuard. Both answer in the shape of :class
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from .errors import ApiError
 from .metrics import Metrics
 
 OPEN_PATHS = ("/health",)  # what a load balancer asks has no key
+LOCAL_HOST = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 CLIENT_GONE = 499  # nginx's status for it; nobody receives it, but it is counted
 
 
@@ -29,28 +31,45 @@ class Limits:
 
 
 class KeyGuard:
-    """Lets a request through that has ``Authorization: Bearer KEY``, or all without a key."""
+    """Lets a request through that has ``Authorization: Bearer KEY``.
+
+    Without a key the server is for this machine alone, and a request must name it as its host: else
+    a web page could reach it by letting the name of its own site point to this machine.
+    """
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self.app = app
         self.digest = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.digest and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = given.partition(b" ")
-            # Digests have one length: the time of the comparison says nothing about the key.
-            right = hmac.compare_digest(_digest(key.strip()), self.digest)
-            if scheme.lower() != b"bearer" or not right:
-                error = ApiError(
-                    401,
-                    "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            error = self._why_refused(dict(scope["headers"]))
+            if error is not None:
                 await error.response()(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _why_refused(self, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self.digest is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if LOCAL_HOST.fullmatch(host):
+                return None
+            return ApiError(
+                403,
+                f"the host {host!r} is not this machine; without an API key, requests go to "
+                "http://localhost",
+            )
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        # Digests have one length: the time of the comparison says nothing about the key.
+        right = hmac.compare_digest(_digest(key.strip()), self.digest)
+        if scheme.lower() == b"bearer" and right:
+            return None
+        return ApiError(
+            401,
+            "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 def _digest(key: bytes) -> bytes:
@@ -112,22 +131,22 @@ class RequestGuard:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. Raises ApiError where it is too long or too slow."""
         most = self.limits.max_body_bytes
-        too_long = ApiError(413, f"the request's body is longer than {most} bytes")
-        too_long.headers["Connection"] = "close"  # the rest of it is not read
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > most:
-            raise too_long
-        chunks, size, more = [], 0, True
+        chunks: list[bytes] = []
+        size, more = 0, True
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _ClientGoneError
-                    chunks.append(message.get("body", b""))
-                    size, more = size + len(chunks[-1]), message.get("more_body", False)
-                    if size > most:
-                        raise too_long
+                    body, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(body)
+                    # What is too long is read, and dropped: a client that is still sending when
+                    # the connection closes does not see the answer.
+                    if size <= most:
+                        chunks.append(body)
+                    else:
+                        chunks.clear()
         except TimeoutError:
             seconds = self.limits.body_seconds
             raise ApiError(
@@ -135,6 +154,8 @@ class RequestGuard:
                 f"the request's body took longer than {seconds:g} s",
                 headers={"Connection": "close"},
             ) from None
+        if size > most:
+            raise ApiError(413, f"the request's body has {size} bytes, at most {most} are taken")
         return b"".join(chunks)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:

@@ -6,7 +6,7 @@ an influence on the answer (``user``, ``metadata``, …) and unknown ones are le
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # Field -> values that ask for nothing special, which clients send by default.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -30,7 +30,15 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 STOP_STRINGS = 4  # as in OpenAI's API
 STOP_STRING_LENGTH = 256  # characters
 
-StopString = Annotated[str, Field(min_length=1, max_length=STOP_STRING_LENGTH)]
+
+def _check_text(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair, which JSON can hold, is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+StopString = Annotated[Text, Field(min_length=1, max_length=STOP_STRING_LENGTH)]
 
 
 class StreamOptions(BaseModel):
@@ -93,8 +101,8 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions: text that goes on from ``prompt``, a text or its tokens."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=1)]
         | Annotated[list[int], Field(min_length=1)]
     )
 
@@ -105,7 +113,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -114,8 +122,8 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
