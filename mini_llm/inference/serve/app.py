@@ -1,7 +1,5 @@
 """The routes, and how what goes wrong is told."""
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -80,11 +78,6 @@ def build_app(
     ``cors_origins``: pages of which origins a browser lets in; none means LOCAL_ORIGINS.
     """
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        yield
-        served.engine.close()
-
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": description}
         for status, description in {
@@ -104,7 +97,6 @@ def build_app(
     errors["default"] = {"model": ErrorBody, "description": "Any other error"}
     app = FastAPI(
         title="mini-llm",
-        lifespan=lifespan,
         docs_url=None,  # these pages load their scripts from the internet
         redoc_url=None,
         responses={401: errors[401]} if key is not None else {403: errors[403]},

@@ -24,6 +24,8 @@ from transformers import (
 
 logger = logging.getLogger(__name__)
 
+SHUTTING_DOWN = "the server is shutting down"
+
 PAGE_SIZE = 64  # tokens; what a request may leave unused in each layer's cache
 PROMPT_TOKENS_PER_STEP = 512  # a longer prompt is read in several steps, between other answers'
 SECONDS_TO_STOP = 10
@@ -85,7 +87,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the thread; what is unfinished is dropped."""
+        """End the thread, once; unfinished jobs get an error."""
 
 
 def supports_continuous_batching(config: Any) -> bool:
@@ -156,7 +158,7 @@ class ContinuousBatching(Engine):
         )
         if accepted is None:
             del self._jobs[job.id]
-            raise EngineDeadError(self.why_dead() or "the server is shutting down")
+            raise EngineDeadError(self.why_dead() or SHUTTING_DOWN)
 
     def cancel(self, job: Job) -> None:
         if self._jobs.pop(job.id, None) is not None:
@@ -167,6 +169,8 @@ class ContinuousBatching(Engine):
         return None if error is None else f"generation failed: {error}"
 
     def close(self) -> None:
+        if self._closing:
+            return
         self._closing = True
         self._manager.stop(block=True, timeout=SECONDS_TO_STOP, hard_stop=True)
         self._thread.join(SECONDS_TO_STOP)
@@ -180,7 +184,7 @@ class ContinuousBatching(Engine):
             elif self.why_dead() is not None:
                 break
         for job in list(self._jobs.values()):
-            job.deliver(Delivery([], True, self.why_dead() or "the server is shutting down"))
+            job.deliver(Delivery([], True, self.why_dead() or SHUTTING_DOWN))
         self._jobs.clear()
 
     def _deliver_one(self, output: Any) -> None:
@@ -216,7 +220,7 @@ class PlainBatching(Engine):
     def submit(self, job: Job) -> None:
         with self._changed:
             if self._closing:
-                raise EngineDeadError("the server is shutting down")
+                raise EngineDeadError(SHUTTING_DOWN)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -228,11 +232,16 @@ class PlainBatching(Engine):
 
     def close(self) -> None:
         with self._changed:
+            if self._closing:
+                return
             self._closing = True
-            for job in self._waiting + self._running:
+            unfinished = [job for job in self._waiting + self._running if not job.cancelled]
+            for job in unfinished:
                 job.cancelled = True
             self._changed.notify()
         self._thread.join(SECONDS_TO_STOP)
+        for job in unfinished:
+            job.deliver(Delivery([], True, SHUTTING_DOWN))
 
     def _work(self) -> None:
         while True:

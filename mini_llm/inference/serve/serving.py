@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mini_llm.data.tokenizer import load_tokenizer
 
 from .app import build_app
-from .engines import Engine, make_engine
+from .engines import SECONDS_TO_STOP, Engine, make_engine
 from .guard import Limits
 from .handlers import Served
 from .metrics import Metrics
@@ -93,12 +93,21 @@ def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_DRAIN, server_header=False
+        app,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=SECONDS_TO_DRAIN + SECONDS_TO_STOP,
     )
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"serving {what}\nlistening on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        engine.close()
+    asyncio.run(_serve_and_drain(uvicorn.Server(config), listener, engine))
+
+
+async def _serve_and_drain(server: uvicorn.Server, listener: socket.socket, engine: Engine) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.should_exit and not serving.done():
+        await asyncio.sleep(0.1)
+    await asyncio.wait({serving}, timeout=SECONDS_TO_DRAIN)
+    await asyncio.to_thread(engine.close)  # tells those whose answers still run
+    await serving
