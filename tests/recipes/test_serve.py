@@ -197,20 +197,23 @@ def test_the_curl_example_runs(server: Server) -> None:
     assert "mini_llm_generated_tokens_total" in output
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def any_checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_checkpoint(request.param, tmp_path_factory.mktemp("serve_any"))
+
+
+@pytest.fixture(scope="module")
+def any_server(any_checkpoint: Path) -> Iterator[Server]:
+    """A server of each architecture, for the slow tests below; the last of them ends it."""
+    with running_server(any_checkpoint) as server:
+        yield server
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mini_llama3_tiny", "mini_qwen3_next_tiny"])
-def test_a_signal_ends_the_server_though_answers_are_running(name: str, tmp_path: Path) -> None:
-    """running_server asks for the exit status 0 and a log without a traceback."""
-    with running_server(make_checkpoint(name, tmp_path)) as server:
-        asked = {"model": server.model, "prompt": "从前", "temperature": 0, "stream": True}
-        streams = [server.client().completions.create(**asked) for _ in range(3)]
-        next(iter(streams[0]))  # with plain batching, the others wait for this one
-        server.process.send_signal(signal.SIGINT)
-        with pytest.raises(openai.APIError, match="shutting down"):
-            list(streams[0])
-        for stream in streams[1:]:
-            with pytest.raises(openai.APIError, match="shutting down"):
-                list(stream)
+def test_chat_and_stop_strings_work_for_every_architecture(any_server: Server) -> None:
+    test_openai_client_streams_a_chat_until_a_stop_string(any_server)
 
 
 async def soak(
@@ -247,42 +250,43 @@ async def soak(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "seconds"),
-    [("mini_llama3_tiny", 60), ("mini_deepseekv3_tiny", 9), ("mini_qwen3_next_tiny", 9)],
-)
 def test_64_clients_get_each_its_own_answer_and_memory_stays_flat(
-    name: str, seconds: float, tmp_path: Path
+    any_checkpoint: Path, any_server: Server
 ) -> None:
-    checkpoint = make_checkpoint(name, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokens = reference_tokens(checkpoint, PROMPTS, NEW_TOKENS)
+    name = any_server.model
+    tokenizer = AutoTokenizer.from_pretrained(any_checkpoint)
+    tokens = reference_tokens(any_checkpoint, PROMPTS, NEW_TOKENS)
     expected = [
         tokenizer.decode(tokens[number % len(PROMPTS)][: NEW_TOKENS - number // len(PROMPTS)])
         for number in range(CLIENTS)
     ]
     assert len(set(expected)) == CLIENTS, "an answer that went to the wrong client would not show"
-    with running_server(checkpoint) as server:
-        with server.http() as http:
-            batching = http.get("/health").json()["batching"]
-        assert batching.startswith("continuous" if "llama3" in name else "plain")
-        sizes: list[int] = []
-        answers = asyncio.run(
-            soak(server, seconds, expected, lambda: sizes.append(server.resident_bytes()))
-        )
-        assert answers >= CLIENTS
-        assert value(server, "mini_llm_requests_active") == 0
-        growth = server.resident_bytes() - sizes[0]
-        print(f"{name}: {answers} answers, {growth / 1e6:+.1f} MB from {sizes[0] / 1e6:.0f} MB")
-        assert growth < FLAT_BYTES
+    with any_server.http() as http:
+        batching = http.get("/health").json()["batching"]
+    assert batching == ("continuous batching" if "llama3" in name else "plain batching")
+    sizes: list[int] = []
+    seconds = 60 if "llama3" in name else 8  # the whole time for one: the rest of it is the same
+    answers = asyncio.run(
+        soak(any_server, seconds, expected, lambda: sizes.append(any_server.resident_bytes()))
+    )
+    assert answers >= CLIENTS
+    assert value(any_server, "mini_llm_requests_active") == 0
+    growth = any_server.resident_bytes() - sizes[0]
+    print(f"{name}: {answers} answers, {growth / 1e6:+.1f} MB from {sizes[0] / 1e6:.0f} MB")
+    assert growth < FLAT_BYTES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "mini_llama3_tiny"])
-def test_chat_and_stop_strings_work_with_plain_batching(name: str, tmp_path: Path) -> None:
-    with running_server(make_checkpoint(name, tmp_path)) as server:
-        test_openai_client_streams_a_chat_until_a_stop_string(server)
-        wait_until_idle(server)
+def test_a_signal_ends_the_server_though_answers_are_running(any_server: Server) -> None:
+    """The fixture asks for the exit status 0 and a log without a traceback."""
+    asked = {"model": any_server.model, "prompt": "从前", "temperature": 0, "stream": True}
+    streams = [any_server.client().completions.create(**asked) for _ in range(3)]
+    next(iter(streams[0]))  # with plain batching, the others wait for this one
+    any_server.process.send_signal(signal.SIGINT)
+    for stream in streams:
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+    assert any_server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

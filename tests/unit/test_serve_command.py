@@ -1,5 +1,6 @@
 """What the command line refuses, before a model is loaded."""
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -126,3 +127,14 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
     assert f"{sys.executable} -m pip install -c mini_llm/constraints.txt -e '.[serve]'" in str(
         error.value
     )
+
+
+def test_another_transformers_is_told_in_a_sentence(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "mini_llm.inference.serve.serving", raising=False)
+    monkeypatch.delitem(sys.modules, "mini_llm.inference.serve.app", raising=False)
+    monkeypatch.delitem(sys.modules, "mini_llm.inference.serve.handlers", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.chat_completion", None)
+    error = refusal([checkpoint, "--port", "0"], capsys)
+    assert re.match(r"error: transformers \d+\.\S+ lacks what the server is built on", error)

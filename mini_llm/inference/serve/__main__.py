@@ -114,8 +114,7 @@ def main(command_line: list[str] | None = None) -> None:
         prepare_environment()
         os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a request names, nothing is fetched
 
-        from .serving import serve  # from here on torch and transformers are imported
-
+        serve = import_server()  # from here on torch and transformers are imported
         name = arguments.served_model_name or arguments.checkpoint.resolve().name
         serve(checkpoint, arguments, name=name, key=key, listener=listener)
     except (ValueError, OSError) as error:
@@ -133,6 +132,20 @@ def check_packages() -> None:
             f"serving needs {', '.join(missing)}; run: {sys.executable} -m pip install "
             "-c mini_llm/constraints.txt -e '.[serve]'"
         )
+
+
+def import_server() -> Any:
+    """The function that serves. Raises ValueError where transformers is not as we know it."""
+    try:
+        from .serving import serve
+    except ImportError as error:
+        from transformers import __version__
+
+        raise ValueError(
+            f"transformers {__version__} lacks what the server is built on ({error}); install the "
+            "version of mini_llm/constraints.txt: ./launch.sh setup"
+        ) from error
+    return serve
 
 
 def api_key(flag: str | None) -> str | None:
