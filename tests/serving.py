@@ -83,7 +83,7 @@ def running_server(checkpoint: Path, *flags: str, key: str = KEY) -> Iterator[Se
             process.wait()
 
 
-def make_checkpoint(name: str, folder: Path, *, chat: bool = True) -> Path:
+def make_checkpoint(name: str, folder: Path) -> Path:
     """A random tiny model of a preset with the project's tokenizer, as a run leaves it.
 
     Its embeddings are not tied and its weights are large, so that answers are not one token over
@@ -94,7 +94,7 @@ def make_checkpoint(name: str, folder: Path, *, chat: bool = True) -> Path:
     from mini_llm import build_model
     from mini_llm.data import load_tokenizer
     from mini_llm.data.tokenizer import DEFAULT_TOKENIZER
-    from mini_llm.hub.export import base_generation_config, chat_generation_config
+    from mini_llm.hub.export import chat_generation_config
 
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
     overrides = {**TINY_MODELS[name], "tie_word_embeddings": False, "initializer_range": 0.2}
@@ -102,13 +102,10 @@ def make_checkpoint(name: str, folder: Path, *, chat: bool = True) -> Path:
     model = build_model(
         name, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=0, **overrides
     )
-    config_of = chat_generation_config if chat else base_generation_config
-    model.generation_config = config_of(tokenizer)
+    model.generation_config = chat_generation_config(tokenizer)
     checkpoint = folder / name
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    if not chat:
-        (checkpoint / "chat_template.jinja").unlink()
     return checkpoint
 
 

@@ -11,18 +11,20 @@ from starlette.testclient import TestClient
 from transformers import GenerationConfig
 
 from mini_llm.data import load_tokenizer
-from mini_llm.data.tokenizer import DEFAULT_TOKENIZER
+from mini_llm.data.tokenizer import DEFAULT_TOKENIZER, IM_END
 from mini_llm.inference.serve.app import build_app
 from mini_llm.inference.serve.engines import Delivery, Engine, Job
 from mini_llm.inference.serve.guard import Limits
 from mini_llm.inference.serve.handlers import Served
 from mini_llm.inference.serve.metrics import Metrics
+from mini_llm.inference.serve.serving import is_chat_model
 
 TOKENIZER = load_tokenizer(DEFAULT_TOKENIZER)
 KEY = "the-key"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
 TEXT = {"model": "tiny", "prompt": "从前"}
 END = TOKENIZER.eos_token_id
+CHAT_ENDS = frozenset({END, TOKENIZER.convert_tokens_to_ids(IM_END)})
 
 
 class Parrot(Engine):
@@ -67,11 +69,13 @@ def client() -> Iterator[Callable[..., TestClient]]:
         seconds: float = 60,
         body_bytes: int = 20_000,
         tokenizer: Any = TOKENIZER,
+        ends: frozenset[int] = CHAT_ENDS,
         cors_origins: tuple[str, ...] = (),
     ) -> TestClient:
         served = Served(
             name="tiny",
             tokenizer=tokenizer,
+            is_chat_model=is_chat_model(tokenizer, ends),
             generation_config=GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95),
             vocab_size=len(TOKENIZER),
             engine=engine or Parrot(),
@@ -257,12 +261,15 @@ def test_the_parts_of_a_message_are_one_text(client: Callable[..., TestClient]) 
 
 
 def test_a_base_model_has_no_chat(client: Callable[..., TestClient]) -> None:
-    base = load_tokenizer(DEFAULT_TOKENIZER)
-    base.chat_template = None
-    server = client(tokenizer=base)
-    message = error_of(server.post("/v1/chat/completions", json=CHAT), 400)
-    assert "no chat template" in message and "/v1/completions" in message
-    assert server.post("/v1/completions", json=TEXT).status_code == 200
+    without_template = load_tokenizer(DEFAULT_TOKENIZER)
+    without_template.chat_template = None
+    for server, reason in (
+        (client(tokenizer=without_template), "has no template for a chat's answer"),
+        (client(ends=frozenset({END})), "does not stop at the end of a chat's answer"),
+    ):
+        message = error_of(server.post("/v1/chat/completions", json=CHAT), 400)
+        assert reason in message and "/v1/completions" in message
+        assert server.post("/v1/completions", json=TEXT).status_code == 200
 
 
 def test_another_model_is_not_found(client: Callable[..., TestClient]) -> None:

@@ -17,6 +17,7 @@ def checkpoint(tmp_path: Path) -> str:
     """As much of one as is looked at before everything else was found to be right."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
+    (tmp_path / "tokenizer.json").touch()
     return str(tmp_path)
 
 
@@ -107,6 +108,7 @@ def test_a_folder_without_weights_is_refused(
         (["--max_concurrent_requests", "0"], "must be a whole number of at least 1"),
         (["--request_timeout", "nan"], "must be a number of seconds above 0"),
         (["--max_body_bytes", "1e6"], "must be a whole number of at least 1"),
+        (["--device", "tpu"], "--device: must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -71,6 +71,7 @@ class Collected:
                 return tokens
 
 
+@pytest.mark.slow
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(
     checkpoint: Path, model: Any, engine: Engine
 ) -> None:
@@ -87,6 +88,7 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
         assert job.tokens() == tokens[:length]
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_its_row_alone(checkpoint: Path, model: Any) -> None:
     engine = make_engine(model, frozenset({0}), rows=2, context=128)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -101,6 +103,7 @@ def test_an_end_token_ends_its_row_alone(checkpoint: Path, model: Any) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_cancelled_request_leaves_room_for_others(checkpoint: Path, engine: Engine) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompt = tokenizer(PROMPTS[0])["input_ids"]
@@ -115,6 +118,7 @@ def test_a_cancelled_request_leaves_room_for_others(checkpoint: Path, engine: En
     ), "the cancelled went on to their end"
 
 
+@pytest.mark.slow
 def test_every_request_is_sampled_as_it_asks(checkpoint: Path, engine: Engine) -> None:
     """Sampled at a temperature of 2, a flat model does not say 16 times what is likeliest."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -131,6 +135,7 @@ def test_every_request_is_sampled_as_it_asks(checkpoint: Path, engine: Engine) -
     assert said["sampled"] != greedy
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_to_those_who_wait(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(model, frozenset({0}), rows=2, context=128)
 
@@ -151,6 +156,7 @@ def test_a_failure_is_told_to_those_who_wait(model: Any, monkeypatch: pytest.Mon
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_closed_engine_takes_no_job(model: Any) -> None:
     engine = make_engine(model, frozenset({0}), rows=1, context=128)
     engine.close()

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -16,54 +17,65 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")  # of the extra
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog="./launch.sh serve",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    flags = argparse.ArgumentParser(prog="./launch.sh serve", description=__doc__)
     flags.add_argument(
         "checkpoint",
         type=Path,
+        metavar="CKPT",
         help="a run's folder, its final/, one of its checkpoints/step-N, or a stock checkpoint",
     )
-    flags.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    flags.add_argument("--port", type=_whole(0, 65535), default=8000, help="0 takes a free one")
+    flags.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    flags.add_argument(
+        "--port", type=_whole(0, 65535), default=8000, help="0 is a free one (default: %(default)s)"
+    )
     flags.add_argument(
         "--api_key",
-        default=None,
+        metavar="KEY",
         help=f"what clients have to send; better in {KEY_VARIABLE}, for others on this machine can "
         "see the flags of a process; needed where --host can be reached from other machines",
     )
     flags.add_argument(
-        "--served_model_name", default=None, help="the model's id (default: its folder's name)"
+        "--served_model_name", metavar="NAME", help="the model's id (default: its folder's name)"
     )
     flags.add_argument(
-        "--max_prompt_tokens", type=_whole(1), default=None, help="longest prompt (default: all)"
+        "--max_prompt_tokens",
+        type=_whole(1),
+        metavar="N",
+        help="longest prompt (default: what leaves room in the context for a token)",
     )
     flags.add_argument(
         "--max_new_tokens_limit",
         type=_whole(1),
-        default=None,
+        metavar="N",
         help="longest answer, whatever a request asks for (default: what fits in the context)",
     )
     flags.add_argument(
-        "--max_concurrent_requests", type=_whole(1), default=16, help="answers generated at a time"
+        "--max_concurrent_requests",
+        type=_whole(1),
+        default=16,
+        metavar="N",
+        help="answers generated at a time (default: %(default)s)",
     )
     flags.add_argument(
         "--max_waiting_requests",
         type=_whole(0),
         default=112,
-        help="requests that wait for their turn; further ones get status 429",
+        metavar="N",
+        help="requests that wait for their turn; more get status 429 (default: %(default)s)",
     )
     flags.add_argument(
         "--request_timeout",
         type=_seconds,
         default=300.0,
         metavar="SECONDS",
-        help="for an answer and the wait for it; then status 504",
+        help="for an answer and the wait for it; then status 504 (default: %(default)s)",
     )
     flags.add_argument(
-        "--max_body_bytes", type=_whole(1), default=262_144, help="longest request; else status 413"
+        "--max_body_bytes",
+        type=_whole(1),
+        default=262_144,
+        metavar="N",
+        help="longest request; longer ones get status 413 (default: %(default)s)",
     )
     flags.add_argument(
         "--cors_origins",
@@ -74,9 +86,13 @@ def parser() -> argparse.ArgumentParser:
         "of this machine and of desktop programs)",
     )
     flags.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, the checkpoint's own on a GPU",
     )
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flags.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
     return flags
 
 
@@ -100,6 +116,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
 def main(command_line: list[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; ends with status 2 and one sentence where it cannot."""
     arguments = parser().parse_args(command_line)
@@ -110,6 +132,8 @@ def main(command_line: list[str] | None = None) -> None:
         key = api_key(arguments.api_key)
         check_exposure(arguments.host, key)
         checkpoint = find_source(arguments.checkpoint).weights
+        if not (checkpoint / "tokenizer.json").is_file():
+            raise ValueError(f"CKPT: {checkpoint} has no tokenizer.json; put its tokenizer there")
         listener = listen(arguments.host, arguments.port)
         prepare_environment()
         os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a request names, nothing is fetched

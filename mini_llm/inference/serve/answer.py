@@ -54,30 +54,29 @@ class AnswerText:
     ) -> None:
         self._text, self._stops = TokenText(tokenizer), StopStrings(stops)
         self._thoughts, self._thinking = thoughts, thinking
+        self.stopped = False
         self._at_start = thinking  # of thoughts, or of what follows them: its line breaks go
         self._line_breaks = ""  # perhaps those before the end of the thoughts
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the answer has come to a stop string."""
-        return self._stops.found
-
     def add(self, token: int) -> list[str]:
         """The pieces that this token finishes."""
-        if self._thoughts is None:
-            return self._shown(self._stops.add(self._text.add(token)))
-        if token == self._thoughts.start and not self._thinking:
-            return self._turn(thinking=True)
-        if token == self._thoughts.end and self._thinking:
-            return self._turn(thinking=False)
-        return self._shown(self._stops.add(self._text.add(token)))
+        if self._thoughts is not None:
+            if token == self._thoughts.start and not self._thinking:
+                return self._turn(thinking=True)
+            if token == self._thoughts.end and self._thinking:
+                return self._turn(thinking=False)
+        return self._until_stop(self._text.add(token))
 
     def end(self) -> list[str]:
         """What is left when no more tokens come."""
         if self.stopped:
             return []
-        pieces = self._shown(self._stops.add(self._text.rest()))
+        pieces = self._until_stop(self._text.rest())
         return pieces if self.stopped else [*pieces, *self._shown(self._stops.rest())]
+
+    def _until_stop(self, piece: str) -> list[str]:
+        piece, self.stopped = self._stops.add(piece)
+        return self._shown(piece)
 
     def _turn(self, *, thinking: bool) -> list[str]:
         pieces = self.end()

@@ -40,6 +40,7 @@ class Served:
 
     name: str
     tokenizer: Any
+    is_chat_model: bool
     generation_config: Any
     vocab_size: int
     engine: Engine
@@ -186,11 +187,14 @@ class ChatHandler(_Handler, ChatCompletionHandler):
 
     def _prompt(self, body: ChatRequest) -> list[int]:
         tokenizer = self.served.tokenizer
-        if tokenizer.chat_template is None:
+        if not self.served.is_chat_model:
+            has = (
+                "does not stop at the end of" if tokenizer.chat_template else "has no template for"
+            )
             raise ApiError(
                 400,
-                f"{self.served.name} has no chat template: it is a base model that continues text; "
-                "use /v1/completions",
+                f"{self.served.name} {has} a chat's answer: it is a base model, which continues "
+                "text; use /v1/completions",
             )
         options = body.chat_template_kwargs
         arguments = {} if options is None else options.model_dump(exclude_none=True)

@@ -38,22 +38,24 @@ def serve(
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(checkpoint)
     device = arguments.device
-    if device == "auto":
+    if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        raise ValueError(f"--device {device}: torch sees {gpus} GPU(s) here; use --device cpu")
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
     # The stock class: what continuous batching is made for and tested with.
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=arguments.dtype, local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     model = model.to(device).eval()
+    ends = end_tokens(model, tokenizer)
     context = model.config.max_position_embeddings
     rows = arguments.max_concurrent_requests
-    engine = make_engine(model, end_tokens(model, tokenizer), rows=rows, context=context)
+    engine = make_engine(model, ends, rows=rows, context=context)
 
     served = Served(
         name=name,
         tokenizer=tokenizer,
+        is_chat_model=is_chat_model(tokenizer, ends),
         generation_config=model.generation_config,
         vocab_size=model.config.vocab_size,
         engine=engine,
@@ -85,6 +87,18 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def is_chat_model(tokenizer: Any, ends: frozenset[int]) -> bool:
+    """Whether the model stops where its chat template ends an answer.
+
+    A base model may have a template: with this project's tokenizer, it has one.
+    """
+    if not tokenizer.chat_template:
+        return False
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
+    return not ends.isdisjoint(ids[-3:])  # a line break may follow the end token
 
 
 def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
