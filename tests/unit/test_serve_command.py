@@ -126,6 +126,9 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
         ValueError, match="serving needs a_package_that_is_not_there; run: "
     ) as error:
         command.check_packages()
+    monkeypatch.setattr(command, "TRANSFORMERS_MINIMUM", "99.1")
+    with pytest.raises(ValueError, match="is_not_there, transformers 99.1 or newer; run: "):
+        command.check_packages()
     assert f"{sys.executable} -m pip install -c mini_llm/constraints.txt -e '.[serve]'" in str(
         error.value
     )

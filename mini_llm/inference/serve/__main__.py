@@ -12,6 +12,7 @@ from typing import Any
 from mini_llm.parallel.environment import prepare_environment
 
 KEY_VARIABLE = "MINI_LLM_API_KEY"
+TRANSFORMERS_MINIMUM = "5.23"  # before, continuous batching has other arguments
 PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")  # of the extra "serve"
 
 
@@ -148,9 +149,14 @@ def main(command_line: list[str] | None = None) -> None:
 
 def check_packages() -> None:
     """Raise ValueError, with what to do, where the extra "serve" is not installed."""
+    from importlib.metadata import version
     from importlib.util import find_spec
 
+    from packaging.version import Version
+
     missing = [package for package in PACKAGES if find_spec(package) is None]
+    if Version(version("transformers")) < Version(TRANSFORMERS_MINIMUM):
+        missing.append(f"transformers {TRANSFORMERS_MINIMUM} or newer")
     if missing:
         raise ValueError(
             f"serving needs {', '.join(missing)}; run: {sys.executable} -m pip install "
