@@ -2,12 +2,14 @@
 
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from mini_llm.inference.serve import __main__ as command
+from tests.conftest import REPOSITORY
 
 KEY = "not-to-be-seen"
 
@@ -116,6 +118,14 @@ def test_a_bad_flag_is_refused(
     checkpoint: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refusal([checkpoint, *flags], capsys)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from mini_llm.inference.serve.__main__ import parser; parser().format_help(); "
+        "sys.exit(bool({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 def test_missing_packages_are_named_with_the_command_that_brings_them(

@@ -89,6 +89,15 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
 
 
 @pytest.mark.slow
+def test_all_rows_may_fill_the_whole_context(model: Any, engine: Engine) -> None:
+    torch.manual_seed(0)
+    prompts = [torch.randint(5, 30_000, (108,)).tolist() for _ in range(3)]
+    alone = [Collected(engine, prompt, 20).tokens() for prompt in prompts]
+    together = [Collected(engine, prompt, 20) for prompt in prompts * 2]
+    assert [job.tokens() for job in together] == alone * 2
+
+
+@pytest.mark.slow
 def test_an_end_token_ends_its_row_alone(checkpoint: Path, model: Any) -> None:
     engine = make_engine(model, frozenset({0}), rows=2, context=128)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -19,9 +19,9 @@ from .requests import ChatRequest, CompletionRequest
 
 # Pages on this machine, and the schemes under which desktop programs show theirs.
 LOCAL_ORIGINS = (
-    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|capacitor|vscode-webview)://.*"
+    r"https?://(([a-z0-9-]+\.)?localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+    r"|(app|tauri|capacitor|vscode-webview)://.*"
 )
-ANY_ORIGIN = "*"
 PROMETHEUS_TEXT = "text/plain; version=1.0.0; charset=utf-8"
 
 
