@@ -34,7 +34,7 @@ CLIENTS = 64
 # Soak: the process may grow by so much between warm-up and end. What 64 requests hold at a time
 # (buffers, events on their way) comes and goes by a few MB; a leak of a cache, or of all answers,
 # of the thousands of requests would be more.
-FLAT_BYTES = 40_000_000
+FLAT_BYTES = 25_000_000
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,8 @@ def test_a_cancelled_request_leaves_room_for_others(checkpoint: Path, engine: En
     assert not any(
         delivery.ended for job in cancelled for delivery in list(job.deliveries.queue)
     ), "the cancelled went on to their end"
+    if isinstance(engine, ContinuousBatching):
+        assert not engine._jobs, "the cancelled are not forgotten"
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def serve(
     listener: socket.socket,
 ) -> None:
     """Answer requests until a signal comes. Raises ValueError for a checkpoint that cannot be."""
-    transformers.utils.logging.set_verbosity_error()  # its handlers log every request as a warning
+    # generate() and the cache warn again and again, of what is meant here.
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(checkpoint)
     device = arguments.device
