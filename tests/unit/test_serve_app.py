@@ -446,6 +446,7 @@ def test_the_description_names_what_a_request_may_hold(client: Callable[..., Tes
     description = client().get("/openapi.json").json()
     schemas = description["components"]["schemas"]
     assert schemas["ChatRequest"]["properties"]["temperature"]["anyOf"][0]["maximum"] == 2
+    assert schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny"]
     for route in ("/v1/chat/completions", "/v1/completions"):
         statuses = set(description["paths"][route]["post"]["responses"])
         assert {"200", "400", "401", "404", "413", "429", "504"} <= statuses

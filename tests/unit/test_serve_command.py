@@ -1,5 +1,6 @@
 """What the command line refuses, before a model is loaded."""
 
+import os
 import re
 import socket
 import subprocess
@@ -46,6 +47,19 @@ def test_a_public_address_needs_a_key(
     assert error.count("\n") == 1
     assert error.startswith(f"error: --host {host} can be reached from other machines")
     assert command.KEY_VARIABLE in error
+
+
+def test_launch_sh_serves(checkpoint: str) -> None:
+    environment = {**os.environ, "MINI_LLM_VENV": str(Path(sys.executable).parents[1])}
+    done = subprocess.run(
+        ["./launch.sh", "serve", checkpoint, "--host", "0.0.0.0"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --host 0.0.0.0 can be reached from other machines")
 
 
 def test_a_loopback_address_needs_none_and_a_public_one_takes_one() -> None:

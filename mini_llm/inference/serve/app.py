@@ -170,6 +170,17 @@ def build_app(
     async def unforeseen(_: Request, __: Exception) -> Response:
         return ApiError(500, "an error in the server; its log has the details").response()
 
+    describe = app.openapi
+
+    def describe_with_model() -> dict[str, Any]:
+        description = describe()
+        for request in (ChatRequest, CompletionRequest):
+            schema = description["components"]["schemas"][request.__name__]
+            schema["properties"]["model"]["enum"] = [served.name]
+        return description
+
+    app.openapi = describe_with_model  # type: ignore[method-assign]
+
     # The last one added is the first that a request meets. A preflight request has no key.
     routes = frozenset(
         {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
