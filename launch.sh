@@ -8,7 +8,7 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain sft evaluate verify doctor help"
+COMMANDS="setup quickstart test pretrain sft evaluate serve verify doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
@@ -49,6 +49,8 @@ Usage: ./launch.sh COMMAND [flags]
                  --text FILE         measure this text, not the held-out part of the run's data
                  --eval_data DIR     where C-Eval and CMMLU lie
                  --help              all flags
+  serve CKPT   OpenAI-compatible server of a run's model: chat, completions, models; on this machine
+               alone unless --host says otherwise, which needs a key (--help: all flags)
   verify       on these ranks and nodes: versions, disk, compute, network, and whether every engine
                trains as one process does; takes the flags above for nodes and processes, and
                  --output_dir D      where checkpoints are going to be (default output/verify)
@@ -391,6 +393,11 @@ cmd_sft() { launch_recipe sft "$@"; }
 
 cmd_verify() { launch_recipe verify "$@"; }
 
+cmd_serve() {
+  require_setup serve
+  exec "$VENV/bin/python" -m mini_llm.inference.serve "$@"
+}
+
 launch_recipe() { # launch_recipe NAME FLAGS…: NAME under accelerate launch, here or on many nodes
   require_setup "$1"
   exec "$VENV/bin/python" -m mini_llm.launch "$@"
@@ -408,7 +415,9 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | sft | evaluate | verify | doctor) "cmd_$1" "${@:2}" ;;
+    setup | quickstart | test | pretrain | sft | evaluate | serve | verify | doctor)
+      "cmd_$1" "${@:2}"
+      ;;
     help | -h | --help) usage ;;
     "") usage_error "which command? One of: $COMMANDS" ;;
     *) usage_error "unknown command '$1'; it is one of: $COMMANDS" ;;

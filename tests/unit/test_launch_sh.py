@@ -144,9 +144,8 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
     machine: Machine, arguments: list[str]
 ) -> None:
     result = machine.launch(*arguments)
-    assert_one_line(
-        result, 2, "setup quickstart test pretrain sft evaluate verify doctor", *arguments
-    )
+    commands = "setup quickstart test pretrain sft evaluate serve verify doctor"
+    assert_one_line(result, 2, commands, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Loading the checkpoint and running the server around it."""
+
+import argparse
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from mini_llm.data.tokenizer import load_tokenizer
+
+from .app import build_app
+from .engines import SECONDS_TO_STOP, Engine, make_engine
+from .guard import Limits
+from .handlers import Served
+from .metrics import Metrics
+
+SECONDS_TO_DRAIN = 5  # that running answers get after a signal to end
+SECONDS_FOR_A_BODY = 30
+SECONDS_TO_READ = 30  # that a client gets to take the end of its answer
+
+
+def serve(
+    checkpoint: Path,
+    arguments: argparse.Namespace,
+    *,
+    name: str,
+    key: str | None,
+    listener: socket.socket,
+) -> None:
+    """Answer requests until a signal comes. Raises ValueError for a checkpoint that cannot be."""
+    # generate() and the cache warn again and again, of what is meant here.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(checkpoint)
+    device = arguments.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        raise ValueError(f"--device {device}: torch sees {gpus} GPU(s) here; use --device cpu")
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
+    # The stock class: what continuous batching is made for and tested with.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    model = model.to(device).eval()
+    ends = end_tokens(model, tokenizer)
+    context = model.config.max_position_embeddings
+    rows = arguments.max_concurrent_requests
+    engine = make_engine(model, ends, rows=rows, context=context)
+
+    served = Served(
+        name=name,
+        tokenizer=tokenizer,
+        is_chat_model=is_chat_model(tokenizer, ends),
+        generation_config=model.generation_config,
+        vocab_size=model.config.vocab_size,
+        engine=engine,
+        slots=asyncio.Semaphore(rows),
+        metrics=Metrics(),
+        context=context,
+        max_prompt_tokens=arguments.max_prompt_tokens or context,
+        max_new_tokens=arguments.max_new_tokens_limit or context,
+        seconds=arguments.request_timeout,
+    )
+    limits = Limits(
+        max_body_bytes=arguments.max_body_bytes,
+        body_seconds=SECONDS_FOR_A_BODY,
+        seconds=arguments.request_timeout + SECONDS_TO_READ,
+        max_requests=rows + arguments.max_waiting_requests,
+    )
+    app = build_app(
+        served,
+        limits=limits,
+        key=key,
+        cors_origins=arguments.cors_origins,
+        created=int((checkpoint / "config.json").stat().st_mtime),
+    )
+    run(app, engine, listener, f"{name}, {engine.name}, {model.dtype} on {model.device}")
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens at which an answer ends: the generation config's, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def is_chat_model(tokenizer: Any, ends: frozenset[int]) -> bool:
+    """Whether the model stops where its chat template ends an answer.
+
+    A base model may have a template: with this project's tokenizer, it has one.
+    """
+    if not tokenizer.chat_template:
+        return False
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
+    return not ends.isdisjoint(ids[-3:])  # a line break may follow the end token
+
+
+def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
+    """Serve the app until SIGTERM or Ctrl-C, give running answers a few seconds, and return."""
+    # uvicorn raises the signal again when it has shut down, which would end us by it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=SECONDS_TO_DRAIN + SECONDS_TO_STOP,
+    )
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"serving {what}\nlistening on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    asyncio.run(_serve_and_drain(uvicorn.Server(config), listener, engine))
+
+
+async def _serve_and_drain(server: uvicorn.Server, listener: socket.socket, engine: Engine) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.should_exit and not serving.done():
+        await asyncio.sleep(0.1)
+    await asyncio.wait({serving}, timeout=SECONDS_TO_DRAIN)
+    await asyncio.to_thread(engine.close)  # tells those whose answers still run
+    await serving
