@@ -8,13 +8,13 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain sft verify doctor help"
+COMMANDS="setup quickstart test pretrain sft generate chat verify doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
-TEST_PACKAGES="manpages-zh iproute2" # Debian packages that tests need; without one its tests are skipped
+TEST_PACKAGES="manpages-zh iproute2 tmux" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
@@ -44,6 +44,12 @@ Usage: ./launch.sh COMMAND [flags]
                  --hostfile F                              from one machine, by pdsh or ssh
                  --nodes N --node_rank R --main_ip IP      on every node
                  --nodes N --rendezvous_file PATH          on every node
+  generate     text from a model: ./launch.sh generate CKPT --prompt TEXT
+                 CKPT                a run's folder, its final/ or a checkpoints/step-N, any stock
+                                     checkpoint, or a hub id
+                 --help              prompts from files or standard input, sampling, JSON
+  chat         talk to a model in the terminal: ./launch.sh chat CKPT
+                 --system TEXT       what the model is told first
   verify       on these ranks and nodes: versions, disk, compute, network, and whether every engine
                trains as one process does; takes the flags above for nodes and processes, and
                  --output_dir D      where checkpoints are going to be (default output/verify)
@@ -381,6 +387,16 @@ cmd_pretrain() { launch_recipe pretrain "$@"; }
 
 cmd_sft() { launch_recipe sft "$@"; }
 
+cmd_generate() {
+  require_setup generate
+  exec "$VENV/bin/python" -m mini_llm.inference.generate "$@"
+}
+
+cmd_chat() {
+  require_setup chat
+  exec "$VENV/bin/python" -m mini_llm.inference.chat "$@"
+}
+
 cmd_verify() { launch_recipe verify "$@"; }
 
 launch_recipe() { # launch_recipe NAME FLAGS…: NAME under accelerate launch, here or on many nodes
@@ -395,7 +411,7 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | sft | verify | doctor) "cmd_$1" "${@:2}" ;;
+    setup | quickstart | test | pretrain | sft | generate | chat | verify | doctor) "cmd_$1" "${@:2}" ;;
     help | -h | --help) usage ;;
     "") usage_error "which command? One of: $COMMANDS" ;;
     *) usage_error "unknown command '$1'; it is one of: $COMMANDS" ;;
