@@ -1,6 +1,7 @@
 """The flags that ``launch.sh generate`` and ``launch.sh chat`` share; imports no torch."""
 
 import argparse
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -82,4 +83,5 @@ def from_command_line(text: str) -> str:
 def speak_utf8() -> None:
     """Let standard input and output be UTF-8 under any locale."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")

@@ -58,7 +58,7 @@ class StopStrings:
         starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
         if starts:
             return text[: min(starts)], True
-        shown = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
+        shown = len(text) - max((overlap(text, stop) for stop in self.stops), default=0)
         self._waiting = text[shown:]
         return text[:shown], False
 
@@ -68,7 +68,38 @@ class StopStrings:
         return waiting
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest proper beginning of ``stop`` that ``text`` ends with."""
+class Thoughts:
+    """Parts a streamed answer at the marks around its thoughts.
+
+    ``inside`` says whether it begins in the middle of one, the prompt having opened it.
+    """
+
+    def __init__(self, start: str, end: str, *, inside: bool) -> None:
+        self.start, self.end, self.inside = start, end, inside
+        self._waiting = ""
+
+    def add(self, piece: str) -> list[tuple[str, bool]]:
+        """(text, whether it is thought) in order; a mark belongs to its thought."""
+        text, parts = self._waiting + piece, []
+        while True:
+            mark = self.end if self.inside else self.start
+            before, found, after = text.partition(mark)
+            if not found:
+                break
+            parts += [(before, self.inside), (mark, True)]
+            self.inside, text = not self.inside, after
+        known = len(text) - overlap(text, mark)
+        parts.append((text[:known], self.inside))
+        self._waiting = text[known:]
+        return [part for part in parts if part[0]]
+
+    def rest(self) -> list[tuple[str, bool]]:
+        """What waited, once no more text will come."""
+        waiting, self._waiting = self._waiting, ""
+        return [(waiting, self.inside)] if waiting else []
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of ``stop`` that ``text`` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -134,7 +134,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *parts:
 def test_help_names_every_command(machine: Machine) -> None:
     result = machine.launch("help")
     assert result.returncode == 0
-    for command in ("setup", "quickstart", "test", "pretrain", "sft", "doctor"):
+    for command in ("setup", "quickstart", "test", "pretrain", "sft", "generate", "chat", "doctor"):
         assert f"\n  {command} " in result.stdout
 
 
@@ -143,7 +143,8 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
     machine: Machine, arguments: list[str]
 ) -> None:
     result = machine.launch(*arguments)
-    assert_one_line(result, 2, "setup quickstart test pretrain sft verify doctor", *arguments)
+    commands = "setup quickstart test pretrain sft generate chat verify doctor"
+    assert_one_line(result, 2, commands, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_setup_with_dev_installs_the_debian_packages_that_tests_need(machine: Ma
     assert machine.launch("setup").returncode == 0
     assert not calls.exists()  # nobody but a developer needs them
     assert machine.launch("setup", "--dev").returncode == 0
-    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh iproute2\n"
+    assert calls.read_text() == "install --yes --no-install-recommends manpages-zh iproute2 tmux\n"
     calls.unlink()
     assert machine.launch("setup", "--dev").stdout.startswith("already set up: ")
     assert calls.exists()  # they may be gone while the environment is still there
@@ -377,7 +378,7 @@ def test_setup_goes_on_and_says_so_without_the_rights_to_install_debian_packages
     calls = without_test_packages(machine, user=1000)
     result = machine.launch("setup", "--dev")
     assert result.returncode == 0
-    assert "to run them too: sudo apt-get install manpages-zh iproute2" in result.stderr
+    assert "to run them too: sudo apt-get install manpages-zh iproute2 tmux" in result.stderr
     assert not calls.exists()
 
 
@@ -385,7 +386,7 @@ def test_setup_goes_on_and_says_so_where_a_debian_package_cannot_be_had(machine:
     calls = without_test_packages(machine, user=0)
     result = machine.launch("setup", "--dev", APT_STATUS="100")
     assert result.returncode == 0
-    assert "manpages-zh iproute2 cannot be had" in result.stderr
+    assert "manpages-zh iproute2 tmux cannot be had" in result.stderr
     assert calls.read_text().splitlines()[1] == "update"  # the lists may be old, or none there
 
 
