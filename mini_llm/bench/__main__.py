@@ -4,6 +4,7 @@
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
+    python -m mini_llm.bench generation --batch 1 8
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
 
 Those of traffic are computed by a formula. The others are medians, with minimum and maximum, of CPU
@@ -88,7 +89,15 @@ def main(command_line: Sequence[str] | None = None) -> None:
         of_traffic.add_argument(
             f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
         )
-    for command in (of_data, of_attention, of_experts, of_traffic):
+    of_generation = what.add_parser("generation", help="the Generator, and transformers' generate")
+    of_generation.add_argument(
+        "--model", nargs="+", default=PRESETS, help=f"presets (default: {' '.join(PRESETS)})"
+    )
+    of_generation.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+    of_generation.add_argument("--prompt_tokens", type=int, default=128, help="default: 128")
+    of_generation.add_argument("--new_tokens", type=int, default=64, help="default: 64")
+    of_generation.add_argument("--repeats", type=int, default=5, help="timed calls (default: 5)")
+    for command in (of_data, of_attention, of_experts, of_traffic, of_generation):
         command.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(command_line)
     try:
@@ -105,6 +114,16 @@ def main(command_line: Sequence[str] | None = None) -> None:
                 arguments.experts,
                 arguments.rows,
                 arguments.seq_len,
+                arguments.repeats,
+            )
+        elif arguments.what == "generation":
+            from . import generation
+
+            figures = generation.run(
+                arguments.model,
+                arguments.batch,
+                arguments.prompt_tokens,
+                arguments.new_tokens,
                 arguments.repeats,
             )
         elif arguments.what == "traffic":

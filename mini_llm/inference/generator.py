@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from mini_llm.models.common.base import MiniPreTrainedModel
+
 from .cache import preallocated_cache
 from .sampling import Penalties, Sampling, choose, uniform_numbers
 from .text import StopStrings, TokenText
@@ -310,6 +312,10 @@ class _Batch:
         self.prompts_BT = self.prompts_BT.to(model.device)
         self.cache = preallocated_cache(model.config, capacity)
         self.filled = 0  # positions of the cache
+        # A stock class may read the padding of its recurrent layers from a mask of positions.
+        self.takes_score_masks = (
+            isinstance(model, MiniPreTrainedModel) and model.config._attn_implementation == "sdpa"
+        )
         # Rows of one length have no padding: no mask, and positions are those of the cache.
         self.mask_BS = self.lengths_B = None
         if bool((lengths < longest).any()):
@@ -337,7 +343,7 @@ class _Batch:
         self.filled += tokens_BT.shape[1]
         outputs = self.model(
             input_ids=tokens_BT,
-            attention_mask=None if self.mask_BS is None else self.mask_BS[:, : self.filled].long(),
+            attention_mask=self._attention_mask(tokens_BT.shape[1]),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -345,6 +351,19 @@ class _Batch:
         )
         logits_BV: torch.Tensor = outputs.logits[:, -1]
         return logits_BV
+
+    def _attention_mask(self, new_tokens: int) -> torch.Tensor | None:
+        """What hides the padding, as the model takes it.
+
+        A single token sees all that is no padding, so the mask of its scores is there already; from
+        a mask of positions (B, S) transformers would build it in each step, waiting for the device.
+        """
+        if self.mask_BS is None:
+            return None
+        mask_BS = self.mask_BS[:, : self.filled]
+        if new_tokens == 1 and self.takes_score_masks:
+            return mask_BS[:, None, None]
+        return mask_BS.long()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may come several times."""

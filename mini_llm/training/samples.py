@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mini_llm.data.conversations import ASSISTANT, USER, Conversation, why_invalid
 from mini_llm.hub.export import chat_generation_config
+from mini_llm.inference.generator import Generator
 from mini_llm.models import load_model
 from mini_llm.parallel.expert_parallel import stock_state_dict
 from mini_llm.parallel.watchdog import beat
@@ -35,21 +36,30 @@ def print_samples(output_dir: Path, prompts: list[str], max_new_tokens: int, see
         return
     final = output_dir / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
-    model = load_model(final).eval()
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    generated = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-    )
+    generator = Generator(load_model(final), tokenizer)
+    sampling = generator.default_sampling(max_new_tokens=max_new_tokens, seed=seed)
+    results = generator.generate(prompts, sampling)
     blocks = [
-        f"--- sample {number}\n{tokenizer.decode(ids, skip_special_tokens=True)}"
-        for number, ids in enumerate(generated, start=1)
+        f"--- sample {number}\n{prompt}{result.text}"
+        for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1)
     ]
     text = "\n".join(blocks) + "\n"
     (output_dir / "samples.txt").write_text(text)
     print(text, end="", flush=True)
+
+
+def check_prompts(prompts: list[Any], tokenizer: Any, context: int) -> None:
+    """Raise ValueError, naming --sample_prompts, for what a base model cannot complete.
+
+    ``context`` is the number of tokens that prompt and completion may have together.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        tokens = len(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else 0
+        if not 0 < tokens < context:
+            raise ValueError(
+                f"--sample_prompts: prompt {number} has {tokens} tokens of text; give a text of at "
+                f"least one and fewer than --seq_len {context}"
+            )
 
 
 @dataclass(frozen=True)

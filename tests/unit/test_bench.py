@@ -93,3 +93,18 @@ def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         bench.main(["attention", "--seq_len", "4", "--documents", "5"])
     assert capsys.readouterr().err == "--documents: 5 is not between 1 and --seq_len 4\n"
+
+
+def test_generation_figures_compare_the_generator_with_generate_of_both_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "mini_llama3_tiny", "--batch", "2", "--prompt_tokens", "8"]
+    flags += ["--new_tokens", "4", "--repeats", "1", "--output", str(tmp_path / "figures.json")]
+    bench.main(["generation", *flags])
+    figures = json.loads((tmp_path / "figures.json").read_text())["mini_llama3_tiny batch 2"]
+    ratio = figures["generator_tokens_per_second"] / figures["stock_tokens_per_second"]
+    assert figures["stock_over_generator"] == pytest.approx(ratio)
+    assert "mini_llama3_tiny, batch 2: generate " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["generation", *flags[:4], "--prompt_tokens", "2048", "--new_tokens", "1"])
+    assert "--prompt_tokens 2048 and --new_tokens 1 are more" in capsys.readouterr().err

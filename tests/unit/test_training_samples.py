@@ -27,10 +27,21 @@ from accelerate import Accelerator
 from mini_llm import build_model
 from mini_llm.data.conversations import ChatEncoder
 from mini_llm.data.tokenizer import load_tokenizer
-from mini_llm.hub.export import chat_generation_config, save_stock_checkpoint
+from mini_llm.hub.export import (
+    base_generation_config,
+    chat_generation_config,
+    save_stock_checkpoint,
+)
 from mini_llm.models import load_model
 from mini_llm.parallel import engine
-from mini_llm.training.samples import Answer, ChatSamples, format_answers, parse_answers
+from mini_llm.training.samples import (
+    Answer,
+    ChatSamples,
+    check_prompts,
+    format_answers,
+    parse_answers,
+    print_samples,
+)
 from tests.launching import REPOSITORY, launch_command, launch_environment
 from tests.unit.prepare_fixtures import make_tokenizer
 
@@ -65,6 +76,31 @@ def tiny_model(name: str, tokenizer: Any) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
+
+
+def test_the_samples_of_a_base_model_depend_on_the_seed_alone(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(MODELS[0], tokenizer)
+    model.generation_config = base_generation_config(tokenizer)
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    texts = []
+    for seed, prompts in ((3, ["训练 a", "b"]), (3, ["训练 a", "b"]), (4, ["训练 a", "b"])):
+        print_samples(tmp_path, prompts, 12, seed)
+        texts.append((tmp_path / "samples.txt").read_text())
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("--- sample 1\n训练 a") and "\n--- sample 2\nb" in texts[0]
+    assert capsys.readouterr().out == "".join(texts)
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), (["a"], 0), ("a b c d", 7)])
+def test_a_prompt_that_a_base_model_cannot_complete_is_refused_before_training(
+    tokenizer: Any, prompt: Any, tokens: int
+) -> None:
+    message = f"--sample_prompts: prompt 2 has {tokens} tokens of text; .* fewer than --seq_len 7"
+    with pytest.raises(ValueError, match=message):
+        check_prompts(["a", prompt], tokenizer, 7)
 
 
 def samples_of(tokenizer: Any, folder: Path, start_step: int = 0, **options: Any) -> ChatSamples:
