@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from ..inference.generator import Generator
 from ..inference.sampling import Sampling
-from ..models import build_model
+from ..models import build_model, load_model
 from .measure import interleaved, machine, median_and_range
 
 
@@ -39,9 +39,10 @@ def run(
     figures: dict[str, Any] = {}
     for name in models:
         torch.manual_seed(0)
-        model = build_model(name, vocab_size=len(tokenizer), pad_token_id=0).eval()
         with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            build_model(name, vocab_size=len(tokenizer), pad_token_id=0).save_pretrained(folder)
+            # Both from the file, so that their weights lie in memory alike.
+            model = load_model(folder)
             stock = AutoModelForCausalLM.from_pretrained(folder).eval()
         if prompt_tokens + new_tokens > model.config.max_position_embeddings:
             raise ValueError(
