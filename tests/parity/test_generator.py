@@ -14,7 +14,7 @@ from mini_llm.inference.sampling import Penalties, Sampling, candidates, choose
 
 TINY = [name for name in list_models() if name.endswith("_tiny")]
 V = 160
-GREEDY = Sampling(temperature=0, max_new_tokens=24, stop_token_ids=())
+GREEDY = Sampling(temperature=0, max_new_tokens=12, stop_token_ids=())
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
@@ -67,8 +67,8 @@ def test_greedy_tokens_are_those_of_generate_and_of_stock_whatever_the_lengths(m
     together = [result.token_ids for result in results]
     assert {result.finish_reason for result in results} == {"length"}
     assert len({tuple(tokens) for tokens in together}) == len(prompts)
-    assert together == padded_greedy(ours, prompts, 24) == padded_greedy(stock, prompts, 24)
-    assert together == [transformers_greedy(stock, prompt, 24) for prompt in prompts]
+    assert together == padded_greedy(ours, prompts, 12) == padded_greedy(stock, prompts, 12)
+    assert together == [transformers_greedy(stock, prompt, 12) for prompt in prompts]
     # The Generator runs a stock class as well, and a prompt alone is what it is in a batch.
     assert Generator(stock, tokenizer).generate(prompts, GREEDY) == results
     alone = Generator(ours, tokenizer).generate(prompts[2:3], GREEDY)
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_tokens_in_any_batch_and_samples_differ(mod
     ours, _ = models
     generator = Generator(ours, tokenizer)
     prompts = prompts_of(9, 4, 20)
-    sampling = Sampling(temperature=1.5, top_k=50, max_new_tokens=16, stop_token_ids=(), seed=7)
+    sampling = Sampling(temperature=1.5, top_k=50, max_new_tokens=8, stop_token_ids=(), seed=7)
     three = generator.generate(prompts, sampling, n=3)
     assert generator.generate(prompts[1:2], sampling, n=3) == three[3:6]
     assert generator.generate(prompts, sampling, n=3, batch_size=3) == three
@@ -160,7 +160,7 @@ def test_a_prompt_without_room_for_an_answer_is_one_sentence_and_an_answer_stops
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generator.generate([""], GREEDY)
     short, long = generator.generate(prompts_of(3, 12), GREEDY)
-    assert (len(short.token_ids), len(long.token_ids)) == (13, 4)
+    assert (len(short.token_ids), len(long.token_ids)) == (12, 4)
     assert long.finish_reason == "length"
 
 

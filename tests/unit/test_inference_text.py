@@ -4,13 +4,14 @@ import random
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from mini_llm import build_model
 from mini_llm.data import load_tokenizer
 from mini_llm.data.tokenizer import DEFAULT_TOKENIZER
 from mini_llm.inference.generator import Generator
 from mini_llm.inference.sampling import Sampling
-from mini_llm.inference.text import StopStrings, TokenText
+from mini_llm.inference.text import StopStrings, Thoughts, TokenText
+from mini_llm.models import preset_config
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, tokens: list[int]) -> None:
         super().__init__()
-        model = build_model("mini_llama3_tiny", vocab_size=32_004, pad_token_id=0, eos_token_id=0)
-        self.config, self.generation_config = model.config, model.generation_config
+        self.config = preset_config("mini_llama3_tiny", vocab_size=32_004)
+        self.generation_config = GenerationConfig(eos_token_id=0)
         self.device, self.tokens, self.steps = torch.device("cpu"), tokens, 0
 
     def forward(self, input_ids, **_):
@@ -110,3 +111,20 @@ def test_a_special_token_as_stop_string_is_that_token(tokenizer):
     (result,) = generator.generate(["x"], sampling)
     assert (result.text, result.finish_reason) == ("one", "stop")
     assert result.token_ids == tokens[: tokens.index(32_001) + 1]
+
+
+def test_thoughts_are_told_from_the_answer_wherever_the_text_is_cut():
+    text = "a<think>b < c</think>d<thin"
+    expected = [("a", False), ("<think>b < c</think>", True), ("d<thin", False)]
+    for cut in range(len(text)):
+        for second in range(cut, len(text)):
+            thoughts = Thoughts("<think>", "</think>", inside=False)
+            parts = []
+            for piece in (text[:cut], text[cut:second], text[second:]):
+                parts += thoughts.add(piece)
+            joined = [["", False]]
+            for part, inside in parts + thoughts.rest():
+                if joined[-1][1] != inside:
+                    joined.append(["", inside])
+                joined[-1][0] += part
+            assert [tuple(part) for part in joined] == expected
