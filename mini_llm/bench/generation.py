@@ -1,7 +1,8 @@
 """Generating on the CPU: the Generator against transformers' ``generate``, of our class and stock.
 
-All take the likeliest token, so that all three must say the same; prompts of a batch have lengths
-from half of the given one up to it. Weights are random: speed does not depend on them.
+All take the likeliest token, so that all three must say the same (but where two tokens are equally
+likely up to rounding, which with 32,000 entries happens now and then). The prompts of a batch have
+lengths from half of the given one up to it. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ def _compare(
         "generate": lambda: of_transformers(generator.model),
         "stock": lambda: of_transformers(stock),
     }
-    said = [variant() for variant in variants.values()]
-    if not said[0] == said[1] == said[2]:
-        raise RuntimeError(f"{name}: the three do not say the same: a mistake of this program")
+    ours, *others = (variant() for variant in variants.values())
+    for theirs in others:
+        for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+            if one != other and not _parts_at_a_tie(generator.model, prompt, one, other):
+                raise RuntimeError(f"{name}: the three differ: a mistake of this program")
     seconds = interleaved(variants, repeats)
     figures: dict[str, float] = {}
     for variant, values in seconds.items():
@@ -119,3 +122,12 @@ def _compare(
         flush=True,
     )
     return figures
+
+
+@torch.inference_mode()
+def _parts_at_a_tie(model: Any, prompt: list[int], one: list[int], other: list[int]) -> bool:
+    """Whether the first tokens that differ are equally likely, up to what fp32 rounding does."""
+    step = next(i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+    logits_V = model(torch.tensor([prompt + one[:step]])).logits[0, -1]
+    gap = (logits_V[one[step]] - logits_V[other[step]]).abs()
+    return bool(gap <= 1e-4 * logits_V.abs().max())

@@ -108,3 +108,15 @@ def test_generation_figures_compare_the_generator_with_generate_of_both_classes(
     with pytest.raises(SystemExit):
         bench.main(["generation", *flags[:4], "--prompt_tokens", "2048", "--new_tokens", "1"])
     assert "--prompt_tokens 2048 and --new_tokens 1 are more" in capsys.readouterr().err
+
+
+def test_tokens_that_differ_are_told_from_a_tie() -> None:
+    from mini_llm import build_model
+    from mini_llm.bench.generation import _parts_at_a_tie
+
+    model = build_model("mini_llama3_tiny", vocab_size=64).eval()
+    with torch.no_grad():
+        first, *_, last = model(torch.tensor([[1, 2]])).logits[0, -1].argsort().tolist()
+        assert not _parts_at_a_tie(model, [1, 2], [first, 5], [last, 5])
+        model.lm_head.weight[first] = model.lm_head.weight[last]
+    assert _parts_at_a_tie(model, [1, 2], [first, 5], [last, 6])
