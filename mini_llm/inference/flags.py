@@ -70,9 +70,16 @@ def sampling_from(arguments: argparse.Namespace, generator: "Generator") -> "Sam
     if arguments.stop_token_id is not None:
         given["stop_token_ids"] = tuple(arguments.stop_token_id)
     try:
-        return generator.default_sampling(**given)
+        sampling = generator.default_sampling(**given)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
+    for name in ("top_k", "top_p", "min_p"):
+        if name in given and sampling.temperature == 0:
+            raise ValueError(
+                f"--{name} has no meaning at temperature 0, where the likeliest token is taken; "
+                "give --temperature too"
+            )
+    return sampling
 
 
 def from_command_line(text: str) -> str:

@@ -59,9 +59,10 @@ class Sampling:
 
     @classmethod
     def from_generation_config(cls, config: Any, **changes: Any) -> "Sampling":
-        """What transformers' ``generate`` would do with this generation config.
+        """Temperature, cuts and repetition penalty of transformers' generation config.
 
-        ``changes`` replace fields. (transformers' own top_k of 50 is for those who ask for it.)
+        ``changes`` replace fields. What the config does not set stays off: ``generate`` would cut
+        at the 50 likeliest tokens where it has no top_k. Its other fields are not followed.
         """
         fields = {
             name: getattr(config, name)

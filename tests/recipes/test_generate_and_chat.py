@@ -119,6 +119,10 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert "--top_p is 2.0; it must be" in fails(
         capsys, generate.main, base, *prompt, "--top_p", "2"
     )
+    greedy = ("--temperature", "0", "--top_k", "5")
+    assert "--top_k has no meaning at temperature 0" in fails(
+        capsys, generate.main, base, *prompt, *greedy
+    )
     assert "prompt 1 is empty" in fails(capsys, generate.main, base, "--prompt", "")
     assert "cannot be read as UTF-8" in fails(
         capsys, generate.main, base, "--prompt_file", str(base_folder / "model.safetensors")
