@@ -103,8 +103,8 @@ def _compare(
     }
     ours, *others = (variant() for variant in variants.values())
     for theirs in others:
-        for prompt, one, other in zip(prompts, ours, theirs, strict=True):
-            if one != other and not _parts_at_a_tie(generator.model, prompt, one, other):
+        for prompt, mine, yours in zip(prompts, ours, theirs, strict=True):
+            if mine != yours and not _parts_at_a_tie(generator.model, prompt, mine, yours):
                 raise RuntimeError(f"{name}: the three differ: a mistake of this program")
     seconds = interleaved(variants, repeats)
     figures: dict[str, float] = {}
