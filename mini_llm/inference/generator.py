@@ -12,7 +12,8 @@ of the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -74,9 +75,8 @@ class Generator:
         """
         sampling = sampling or self.default_sampling()
         rows = self._rows(prompts, sampling, n, logprobs)
-        at_a_time = max(1, batch_size // n) * n
-        for start in range(0, len(rows), at_a_time):
-            for _ in self._decode(rows[start : start + at_a_time], sampling, n):
+        for start in range(0, len(rows), batch_size):
+            for _ in self._decode(rows[start : start + batch_size], sampling):
                 pass
         return [row.result() for row in rows]
 
@@ -87,7 +87,7 @@ class Generator:
         """
         sampling = sampling or self.default_sampling()
         (row,) = self._rows([prompt], sampling, 1, False, streams=True)
-        return TextStream(row, self._decode([row], sampling, 1))
+        return TextStream(row, self._decode([row], sampling))
 
     def end_tokens(self, asked: tuple[int, ...] | None) -> tuple[int, ...]:
         """``asked``, or where that is None the end tokens of the model's generation config."""
@@ -133,10 +133,18 @@ class Generator:
                 if sampling.temperature > 0:
                     assert seed is not None
                     uniform = uniform_numbers(seed, tokens, sample, budget)
-                text = TokenText(self.tokenizer) if strings or streams else None
-                row = _Row(tokens, budget, ends, text, StopStrings(strings), uniform)
-                row.tokenizer, row.logprobs = self.tokenizer, [] if logprobs else None
-                rows.append(row)
+                rows.append(
+                    _Row(
+                        prompt=tokens,
+                        budget=budget,
+                        ends=ends,
+                        tokenizer=self.tokenizer,
+                        text=TokenText(self.tokenizer) if strings or streams else None,
+                        stops=StopStrings(strings),
+                        uniform=uniform,
+                        logprobs=[] if logprobs else None,
+                    )
+                )
         return rows
 
     def _ends(self, sampling: Sampling) -> tuple[frozenset[int], list[str]]:
@@ -147,13 +155,19 @@ class Generator:
         return frozenset((*ends, *(special[s] for s in sampling.stop if s in special))), strings
 
     @torch.inference_mode()
-    def _decode(self, rows: "list[_Row]", sampling: Sampling, n: int) -> Iterator[None]:
+    def _decode(self, rows: "list[_Row]", sampling: Sampling) -> Iterator[None]:
         """Give every row a token a step until all are finished; stops after each step."""
         device = self.model.device
-        batch = _Batch(self.model, [row.prompt for row in rows[::n]], max(r.budget for r in rows))
+        prompts = [rows[0].prompt]
+        prompt_of_row = [0]
+        for before, row in pairwise(rows):
+            if row.prompt is not before.prompt:
+                prompts.append(row.prompt)
+            prompt_of_row.append(len(prompts) - 1)
+        batch = _Batch(self.model, prompts, max(row.budget for row in rows))
         logits_BV = batch.read_prompts()
-        if n > 1:  # a prompt is read once for all its samples
-            copies = torch.arange(len(rows) // n, device=device).repeat_interleave(n)
+        if len(prompts) < len(rows):  # a prompt is read once for all its samples
+            copies = torch.tensor(prompt_of_row, device=device)
             batch.select(copies)
             logits_BV = logits_BV[copies]
         penalties = Penalties(sampling, [row.prompt for row in rows], logits_BV.shape[-1], device)
@@ -235,27 +249,22 @@ class TextStream(Iterator[str]):
         return self._row.finish_reason
 
 
+@dataclass(eq=False)
 class _Row:
     """What the host knows of one row: its prompt, its tokens, the text of them."""
 
+    prompt: list[int]  # the same object for all samples of a prompt
+    budget: int  # tokens that it may have at most
+    ends: frozenset[int]
     tokenizer: Any
-    logprobs: list[float] | None = None
-
-    def __init__(
-        self,
-        prompt: list[int],
-        budget: int,
-        ends: frozenset[int],
-        text: TokenText | None,
-        stops: StopStrings,
-        uniform: torch.Tensor | None,
-    ) -> None:
-        self.prompt, self.budget, self.ends = prompt, budget, ends
-        self.text, self.stops, self.uniform = text, stops, uniform
-        self.tokens: list[int] = []
-        self.shown = ""  # all text that may be seen, of which
-        self._taken = 0  # so many characters were taken
-        self.finish_reason: Literal["stop", "length"] | None = None
+    text: TokenText | None  # None where the text is wanted at the end alone
+    stops: StopStrings
+    uniform: torch.Tensor | None  # (budget,) uniform numbers
+    logprobs: list[float] | None
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""  # all text that may be seen
+    taken: int = 0  # characters of it that take() gave
+    finish_reason: Literal["stop", "length"] | None = None
 
     def add(self, token: int) -> None:
         """One more token; sets ``finish_reason`` where it is the last."""
@@ -278,7 +287,7 @@ class _Row:
 
     def take(self) -> str:
         """The text that came since the last time."""
-        piece, self._taken = self.shown[self._taken :], len(self.shown)
+        piece, self.taken = self.shown[self.taken :], len(self.shown)
         return piece
 
     def result(self) -> Result:
