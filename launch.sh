@@ -8,13 +8,13 @@ VENV="${MINI_LLM_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 cd "$ROOT" # the Accelerate configs name the DeepSpeed ones relative to here
 
-COMMANDS="setup quickstart test pretrain sft evaluate serve verify doctor help"
+COMMANDS="setup quickstart test pretrain sft evaluate generate chat serve verify doctor help"
 PYTHON_MINIMUM="3.11"
 CONSTRAINTS="mini_llm/constraints.txt"
 TORCH_VERSION="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
 STAMP="$VENV/.mini_llm_setup" # what the finished set-up was made from; absent until it is finished
 PIP_LOG="$VENV/setup.log"
-TEST_PACKAGES="manpages-zh iproute2 chromium-headless-shell" # Debian packages that tests need; without one its tests are skipped
+TEST_PACKAGES="manpages-zh iproute2 tmux chromium-headless-shell" # Debian packages that tests need; without one its tests are skipped
 CPU_BUILD_GB=3   # disk that a set-up takes with torch's CPU build
 CUDA_BUILD_GB=10 # and with a CUDA build
 
@@ -49,6 +49,12 @@ Usage: ./launch.sh COMMAND [flags]
                  --text FILE         measure this text, not the held-out part of the run's data
                  --eval_data DIR     where C-Eval and CMMLU lie
                  --help              all flags
+  generate     text from a model: ./launch.sh generate CKPT --prompt TEXT
+                 CKPT                a run's folder, its final/ or a checkpoints/step-N, any stock
+                                     checkpoint, or a hub id
+                 --help              prompts from files or standard input, sampling, JSON
+  chat         talk to a model in the terminal: ./launch.sh chat CKPT
+                 --system TEXT       what the model is told first
   serve CKPT   OpenAI-compatible server of a run's model: chat, completions, models; on this machine
                alone unless --host says otherwise, which needs a key (--help: all flags)
   verify       on these ranks and nodes: versions, disk, compute, network, and whether every engine
@@ -391,6 +397,16 @@ cmd_pretrain() { launch_recipe pretrain "$@"; }
 
 cmd_sft() { launch_recipe sft "$@"; }
 
+cmd_generate() {
+  require_setup generate
+  exec "$VENV/bin/python" -m mini_llm.inference.generate "$@"
+}
+
+cmd_chat() {
+  require_setup chat
+  exec "$VENV/bin/python" -m mini_llm.inference.chat "$@"
+}
+
 cmd_verify() { launch_recipe verify "$@"; }
 
 cmd_serve() {
@@ -415,7 +431,7 @@ cmd_doctor() {
 
 main() {
   case "${1:-}" in
-    setup | quickstart | test | pretrain | sft | evaluate | serve | verify | doctor)
+    setup | quickstart | test | pretrain | sft | evaluate | generate | chat | serve | verify | doctor)
       "cmd_$1" "${@:2}"
       ;;
     help | -h | --help) usage ;;

@@ -87,7 +87,7 @@ from mini_llm.training.run_folder import (
     write_run_facts,
 )
 from mini_llm.training.run_lock import RunLock
-from mini_llm.training.samples import PromptSamples, check_prompts
+from mini_llm.training.samples import PromptSamples, check_prompt_lengths, check_prompts
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
 from mini_llm.training.timing import StepTimer
 
@@ -104,6 +104,7 @@ def main(args: PretrainArguments) -> None:
             build_quickstart_data(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
         check_model(args.model, vocab_size=len(tokenizer))
+        check_prompt_lengths(args.sample_prompts, tokenizer, args.seq_len)
         stream = open_stream(
             args.data,
             seq_len=args.seq_len,

@@ -6,6 +6,7 @@
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
+    python -m mini_llm.bench generation --batch 1 8
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
     python -m mini_llm.bench all --json bench.json --markdown bench.md
 
@@ -155,6 +156,14 @@ def build_parser() -> argparse.ArgumentParser:
         of_traffic.add_argument(
             f"--{switch}", choices=("true", "false"), default=default, help=f"default: {default}"
         )
+    of_generation = what.add_parser("generation", help="the Generator, and transformers' generate")
+    of_generation.add_argument(
+        "--model", nargs="+", default=PRESETS, help=f"presets (default: {' '.join(PRESETS)})"
+    )
+    of_generation.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+    of_generation.add_argument("--prompt_tokens", type=int, default=128, help="default: 128")
+    of_generation.add_argument("--new_tokens", type=int, default=64, help="default: 64")
+    of_generation.add_argument("--repeats", type=int, default=5, help="timed calls (default: 5)")
     of_all = what.add_parser("all", help="everything that needs one process, in a default size")
     of_all.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
     of_all.add_argument("--input", type=Path, nargs="+", help="text, to measure data on too")
@@ -236,6 +245,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             args.model, args.model_overrides, args.experts, args.rows, args.seq_len, args.repeats
         )
         return figures, experts.markdown(figures)
+    if args.what == "generation":
+        from . import generation
+
+        figures = generation.run(
+            args.model, args.batch, args.prompt_tokens, args.new_tokens, args.repeats
+        )
+        return figures, generation.markdown(figures)
     from . import traffic
 
     figures = traffic.run(

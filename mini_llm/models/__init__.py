@@ -127,14 +127,14 @@ def is_checkpoint(model: str) -> bool:
     )
 
 
-def pretrained_folder(model: str) -> Path:
-    """The local folder of the checkpoint that ``--model`` names; a hub id is downloaded once.
+def pretrained_folder(model: str, *, flag: str = "--model") -> Path:
+    """The local folder of the checkpoint that ``flag`` names; a hub id is downloaded once.
 
     Raises ValueError for a preset, which has no trained weights, and for what cannot be had.
     """
     if model in list_models():
         raise ValueError(
-            f"--model: {model} is a preset without trained weights; give the final/ folder of a "
+            f"{flag}: {model} is a preset without trained weights; give the final/ folder of a "
             "pretraining run, or a hub id"
         )
     folder = Path(model)
@@ -142,7 +142,7 @@ def pretrained_folder(model: str) -> Path:
         return folder
     if folder.exists() or model.count("/") != 1:
         raise ValueError(
-            f"--model: {model} is no folder with a config.json; give the final/ folder of a "
+            f"{flag}: {model} is no folder with a config.json; give the final/ folder of a "
             "pretraining run (recipes/pretrain.py), or a hub id"
         )
     from huggingface_hub import snapshot_download
@@ -153,7 +153,7 @@ def pretrained_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"--model: {model} is no local folder and cannot be had from the hub "
+            f"{flag}: {model} is no local folder and cannot be had from the hub "
             f"({' '.join(str(error).split())}); check the name, HF_ENDPOINT and, for a private "
             "model, HF_TOKEN"
         ) from error

@@ -27,6 +27,20 @@ from mini_llm.parallel.watchdog import beat
 from .wandb_tracker import SAMPLES
 
 
+def check_prompt_lengths(prompts: list[Any], tokenizer: Any, context: int) -> None:
+    """Raise ValueError, naming --sample_prompts, for what a base model cannot complete.
+
+    ``context`` is the number of tokens that prompt and completion may have together.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        tokens = len(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else 0
+        if not 0 < tokens < context:
+            raise ValueError(
+                f"--sample_prompts: prompt {number} has {tokens} tokens of text; give a text of at "
+                f"least one and fewer than --seq_len {context}"
+            )
+
+
 @dataclass(frozen=True)
 class Answer:
     """How a model went on after a prompt at a step, its end token visible."""

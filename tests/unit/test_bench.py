@@ -216,3 +216,32 @@ def test_checkpoint_figures_are_of_saves_between_steps(tmp_path: Path) -> None:
     assert min(found["step_seconds"], found["save_seconds"]) > 0
     # Weights of 32,004 × 64 and more, as they are and as master weights with two moments.
     assert found["checkpoint_bytes"] > 4 * 4 * 32_004 * 64
+
+
+def test_generation_figures_compare_the_generator_with_generate_of_both_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "mini_llama3_tiny", "--batch", "2", "--prompt_tokens", "8"]
+    flags += ["--new_tokens", "4", "--repeats", "1", "--json", str(tmp_path / "figures.json")]
+    flags += ["--markdown", str(tmp_path / "table.md")]
+    bench.main(["generation", *flags])
+    figures = json.loads((tmp_path / "figures.json").read_text())["mini_llama3_tiny batch 2"]
+    ratio = figures["generator_tokens_per_second"] / figures["stock_tokens_per_second"]
+    assert figures["stock_over_generator"] == pytest.approx(ratio)
+    assert "mini_llama3_tiny, batch 2: generate " in capsys.readouterr().out
+    assert "| mini_llama3_tiny batch 2 |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit):
+        bench.main(["generation", *flags[:4], "--prompt_tokens", "2048", "--new_tokens", "1"])
+    assert "--prompt_tokens 2048 and --new_tokens 1 are more" in capsys.readouterr().err
+
+
+def test_tokens_that_differ_are_told_from_a_tie() -> None:
+    from mini_llm import build_model
+    from mini_llm.bench.generation import _parts_at_a_tie
+
+    model = build_model("mini_llama3_tiny", vocab_size=64).eval()
+    with torch.no_grad():
+        first, *_, last = model(torch.tensor([[1, 2]])).logits[0, -1].argsort().tolist()
+        assert not _parts_at_a_tie(model, [1, 2], [first, 5], [last, 5])
+        model.lm_head.weight[first] = model.lm_head.weight[last]
+    assert _parts_at_a_tie(model, [1, 2], [first, 5], [last, 6])

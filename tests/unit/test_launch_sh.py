@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = "manpages-zh iproute2 chromium-headless-shell"
+PACKAGES = "manpages-zh iproute2 tmux chromium-headless-shell"
 
 PYTHON_STAND_IN = f"""\
 #!{sys.executable}
@@ -135,7 +135,8 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *parts:
 def test_help_names_every_command(machine: Machine) -> None:
     result = machine.launch("help")
     assert result.returncode == 0
-    for command in ("setup", "quickstart", "test", "pretrain", "sft", "evaluate", "doctor"):
+    commands = "setup quickstart test pretrain sft evaluate generate chat serve doctor"
+    for command in commands.split():
         assert f"\n  {command} " in result.stdout
 
 
@@ -144,7 +145,7 @@ def test_unknown_or_missing_command_lists_the_commands_in_one_line(
     machine: Machine, arguments: list[str]
 ) -> None:
     result = machine.launch(*arguments)
-    commands = "setup quickstart test pretrain sft evaluate serve verify doctor"
+    commands = "setup quickstart test pretrain sft evaluate generate chat serve verify doctor"
     assert_one_line(result, 2, commands, *arguments)
 
 

@@ -34,7 +34,13 @@ from mini_llm.hub.export import (
 )
 from mini_llm.models import load_model
 from mini_llm.parallel import engine
-from mini_llm.training.samples import Answer, PromptSamples, format_answers, parse_answers
+from mini_llm.training.samples import (
+    Answer,
+    PromptSamples,
+    check_prompt_lengths,
+    format_answers,
+    parse_answers,
+)
 from tests.launching import REPOSITORY, launch_command, launch_environment
 from tests.unit.prepare_fixtures import make_tokenizer
 
@@ -69,6 +75,15 @@ def tiny_model(name: str, tokenizer: Any) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), (["a"], 0), ("a b c d", 7)])
+def test_a_prompt_that_a_base_model_cannot_complete_is_refused_before_training(
+    tokenizer: Any, prompt: Any, tokens: int
+) -> None:
+    message = f"--sample_prompts: prompt 2 has {tokens} tokens of text; .* fewer than --seq_len 7"
+    with pytest.raises(ValueError, match=message):
+        check_prompt_lengths(["a", prompt], tokenizer, 7)
 
 
 def samples_of(tokenizer: Any, folder: Path, start_step: int = 0, **options: Any) -> PromptSamples:

@@ -148,6 +148,8 @@ class DeepseekV3Attention(nn.Module):
         stay_compressed = past_key_values is not None and self.can_stay_compressed(q_nope.shape[2])
         form = self.compressed if stay_compressed else self.expanded
         query, key, value = form(q_nope, q_rope, c_B1Tc, k_rope)
+        if stay_compressed:  # what the form has for queries are heads, none before another
+            kwargs["is_causal"] = False
         dropout = self.config.attention_dropout if self.training else 0.0
         output_BTHv, weights = attend(
             self,
@@ -161,7 +163,8 @@ class DeepseekV3Attention(nn.Module):
         )
         if stay_compressed:  # Σ_s a_s W_UV c_s = W_UV Σ_s a_s c_s
             _, w_uv_Hvc = self.up_projections()
-            output_BTHv = torch.einsum("bthc,hvc->bthv", output_BTHv, w_uv_Hvc)
+            output_BTHv = torch.einsum("bhtc,hvc->bthv", output_BTHv, w_uv_Hvc)
+            weights = None if weights is None else weights.transpose(1, 2)
         output_BTHv = output_BTHv[..., : self.config.v_head_dim]
         return self.o_proj(output_BTHv.flatten(2)), weights
 
@@ -184,15 +187,16 @@ class DeepseekV3Attention(nn.Module):
     def compressed(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, c_B1Sc: torch.Tensor, k_rope: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query (B, H, T, c+r), and for all heads the same key (…, S, c+r) and value (…, S, c).
+        """Query (B, 1, H, c+r), key (B, 1, S, c+r) and value (B, 1, S, c), for one new token.
 
         q · W_UK c = W_UKᵀ q · c (V2 §2.1.2, "absorb"): one new token need not expand all S cached
-        ones. As :meth:`expanded`, with W_UV applied after attention.
+        ones. As :meth:`expanded`, with W_UV applied after attention. All heads have the same keys
+        and values, so they stand as the queries of one head: laid out as H heads, the CPU's kernel
+        would copy the cache for each.
         """
         w_uk_Hnc, _ = self.up_projections()
-        H = q_nope.shape[1]
-        key = torch.cat((c_B1Sc, k_rope), dim=-1).expand(-1, H, -1, -1)
-        return torch.cat((q_nope @ w_uk_Hnc, q_rope), dim=-1), key, c_B1Sc.expand(-1, H, -1, -1)
+        query_BH1d = torch.cat((q_nope @ w_uk_Hnc, q_rope), dim=-1)
+        return query_BH1d.transpose(1, 2), torch.cat((c_B1Sc, k_rope), dim=-1), c_B1Sc
 
     def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK (H, n, c) and W_UV (H, v, c), which ``kv_b_proj`` stacks head by head."""
