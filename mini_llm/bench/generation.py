@@ -128,7 +128,7 @@ def _compare(
         for prompt, mine, yours in zip(prompts, ours, theirs, strict=True):
             if mine != yours and not _parts_at_a_tie(generator.model, prompt, mine, yours):
                 raise RuntimeError(f"{name}: the three differ: a mistake of this program")
-    seconds = interleaved(variants, repeats)
+    seconds = {name: of["cpu"] for name, of in interleaved(variants, repeats).items()}
     figures: dict[str, float] = {}
     for variant, values in seconds.items():
         rate = len(prompts) * new_tokens / statistics.median(values)
