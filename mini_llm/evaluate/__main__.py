@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..inference.ends import is_chat_model
 from .arguments import MAX_EVAL_ROWS, Flags, UsageError, parse_flags
 from .checkpoint import (
     Checkpoint,
     find_checkpoint,
-    is_chat_model,
     load_config,
     load_model,
     load_tokenizer,

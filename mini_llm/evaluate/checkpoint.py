@@ -175,22 +175,6 @@ def is_ours(model: Any) -> bool:
     return isinstance(model, MiniPreTrainedModel)
 
 
-def is_chat_model(tokenizer: Any, generation_config: Any) -> bool:
-    """Whether the model stops where its chat template ends a turn, as chat models do.
-
-    The tokenizer of a base model often has a template too, but the model stops elsewhere.
-    """
-    if not tokenizer.chat_template:
-        return False
-    stops = generation_config.eos_token_id if generation_config is not None else None
-    stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    special = [token for token in ids if token in tokenizer.added_tokens_decoder]
-    return bool(special) and special[-1] in stops
-
-
 def weights_fingerprint(checkpoint: Checkpoint, config: Any) -> str:
     """sha256 of the weight files' contents, in the order of their names; of the hub its commit."""
     folder = Path(checkpoint.where)

@@ -46,13 +46,18 @@ def main(command_line: list[str] | None = None) -> None:
     arguments = _parser().parse_args(command_line)
     speak_utf8()
     try:
-        from .checkpoint import is_chat_model, open_generator
+        from .checkpoint import open_generator
+        from .ends import is_chat_model
 
         generator = open_generator(
             arguments.checkpoint, device=arguments.device, dtype=arguments.dtype
         )
         sampling = sampling_from(arguments, generator)
-        chats = is_chat_model(generator) if arguments.chat is None else arguments.chat == "true"
+        chats = (
+            is_chat_model(generator.tokenizer, generator.model.generation_config)
+            if arguments.chat is None
+            else arguments.chat == "true"
+        )
         if chats and not generator.tokenizer.chat_template:
             raise ValueError(
                 f"--chat: the tokenizer of {arguments.checkpoint} has no chat template"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .generator import Generator, special_tokens
+from .generator import Generator
 
 
 def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Generator:
@@ -54,22 +54,6 @@ def find_checkpoint(checkpoint: str) -> Path:
     if Path(checkpoint).exists():
         return find_source(Path(checkpoint)).weights
     return pretrained_folder(checkpoint, flag="CKPT")
-
-
-def is_chat_model(generator: Generator) -> bool:
-    """Whether the model ends its text where the chat template ends an answer.
-
-    A base model may come with the tokenizer, and so the template, of a chat model: what it stops at
-    tells them apart.
-    """
-    tokenizer = generator.tokenizer
-    if not tokenizer.chat_template:
-        return False
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(turn, return_dict=False)
-    special = set(special_tokens(tokenizer).values())
-    last = next((token for token in reversed(ids) if token in special), None)
-    return last in generator.end_tokens(None)
 
 
 def chat_prompt(

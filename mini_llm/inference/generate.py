@@ -95,11 +95,16 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Open the model, generate, print. Raises ValueError for what cannot be done."""
-    from .checkpoint import chat_prompt, is_chat_model, open_generator
+    from .checkpoint import chat_prompt, open_generator
+    from .ends import is_chat_model
 
     generator = open_generator(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype)
     sampling = sampling_from(arguments, generator)
-    chat = is_chat_model(generator) if arguments.chat is None else arguments.chat == "true"
+    chat = (
+        is_chat_model(generator.tokenizer, generator.model.generation_config)
+        if arguments.chat is None
+        else arguments.chat == "true"
+    )
     if chat and not generator.tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {arguments.checkpoint} has no chat template")
     for flag, value in (("system", arguments.system), ("think", arguments.think)):

@@ -30,12 +30,13 @@ from mini_llm.data import load_tokenizer, open_validation, token_byte_lengths
 from mini_llm.evaluate import __main__ as command
 from mini_llm.evaluate import harness, questions
 from mini_llm.evaluate.arguments import UsageError, parse_flags
-from mini_llm.evaluate.checkpoint import find_checkpoint, is_chat_model
+from mini_llm.evaluate.checkpoint import find_checkpoint
 from mini_llm.evaluate.held_out import buckets_of, evaluate_held_out
 from mini_llm.evaluate.results import as_text, read_results, tasks_table
 from mini_llm.evaluate.texts import read_texts, rows_of
 from mini_llm.hub.export import base_generation_config, chat_generation_config
 from mini_llm.hub.model_card import from_hub, write_card
+from mini_llm.inference.ends import is_chat_model
 from mini_llm.plots.report import write_report
 from mini_llm.training.arguments import PretrainArguments
 from mini_llm.training.evaluation import evaluate

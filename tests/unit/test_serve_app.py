@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 
 from mini_llm.data import load_tokenizer
 from mini_llm.data.tokenizer import DEFAULT_TOKENIZER, IM_END
+from mini_llm.inference.ends import is_chat_model
 from mini_llm.inference.serve.app import build_app
 from mini_llm.inference.serve.engines import Delivery, Engine, Job
 from mini_llm.inference.serve.guard import Limits
 from mini_llm.inference.serve.handlers import Served
 from mini_llm.inference.serve.metrics import Metrics
-from mini_llm.inference.serve.serving import is_chat_model
 
 TOKENIZER = load_tokenizer(DEFAULT_TOKENIZER)
 KEY = "the-key"
@@ -75,7 +75,7 @@ def client() -> Iterator[Callable[..., TestClient]]:
         served = Served(
             name="tiny",
             tokenizer=tokenizer,
-            is_chat_model=is_chat_model(tokenizer, ends),
+            is_chat_model=is_chat_model(tokenizer, GenerationConfig(eos_token_id=list(ends))),
             generation_config=GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95),
             vocab_size=len(TOKENIZER),
             engine=engine or Parrot(),

@@ -13,6 +13,7 @@ import uvicorn
 from transformers import AutoModelForCausalLM
 
 from mini_llm.data.tokenizer import load_tokenizer
+from mini_llm.inference.ends import end_tokens, is_chat_model
 
 from .app import build_app
 from .engines import SECONDS_TO_STOP, Engine, make_engine
@@ -48,7 +49,7 @@ def serve(
     # The stock class: what continuous batching is made for and tested with.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     model = model.to(device).eval()
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(tokenizer, model.generation_config)
     context = model.config.max_position_embeddings
     rows = arguments.max_concurrent_requests
     engine = make_engine(model, ends, rows=rows, context=context)
@@ -56,7 +57,7 @@ def serve(
     served = Served(
         name=name,
         tokenizer=tokenizer,
-        is_chat_model=is_chat_model(tokenizer, ends),
+        is_chat_model=is_chat_model(tokenizer, model.generation_config),
         generation_config=model.generation_config,
         vocab_size=model.config.vocab_size,
         engine=engine,
@@ -81,25 +82,6 @@ def serve(
         created=int((checkpoint / "config.json").stat().st_mtime),
     )
     run(app, engine, listener, f"{name}, {engine.name}, {model.dtype} on {model.device}")
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens at which an answer ends: the generation config's, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
-
-
-def is_chat_model(tokenizer: Any, ends: frozenset[int]) -> bool:
-    """Whether the model stops where its chat template ends an answer.
-
-    A base model may have a template: with this project's tokenizer, it has one.
-    """
-    if not tokenizer.chat_template:
-        return False
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
-    return not ends.isdisjoint(ids[-3:])  # a line break may follow the end token
 
 
 def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
