@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from ..data import load_tokenizer
 from ..data.tokenizer import DEFAULT_TOKENIZER
@@ -40,6 +41,7 @@ def run(
     prepare_environment()
     config = "none" if engine_name == "none" else str(REPOSITORY / f"ds_configs/{engine_name}.json")
     accelerator = engine.build_accelerator(config, micro_batch_size=rows, bf16=precision == "bf16")
+    disable_progress_bar()
     set_seed(0)
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
     built: Any = build_model(model, vocab_size=len(tokenizer), **overrides)

@@ -186,7 +186,7 @@ TRAFFIC_FLAGS = ["traffic", "--model", "mini_llama3_tiny", "mini_deepseekv3_tiny
 
 
 def test_printed_table_is_the_formula_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main([*TRAFFIC_FLAGS, "--bf16", "true", "--output", str(tmp_path / "figures.json")])
+    bench.main([*TRAFFIC_FLAGS, "--bf16", "true", "--json", str(tmp_path / "figures.json")])
     printed = capsys.readouterr().out
     assert "by formula" in printed and "not measured" in printed
     figures = json.loads((tmp_path / "figures.json").read_text())
