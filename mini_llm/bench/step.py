@@ -57,8 +57,9 @@ def run(
 ) -> dict[str, Any]:
     """Measure at least `steps` steps of each loop; print the table and return the figures.
 
-    Raises ValueError for a peer that cannot run here and RuntimeError where a loop fails or trains
-    otherwise than the first.
+    A peer that fails in its first steps is named with its error and left out. Raises ValueError for
+    a peer that cannot run here and RuntimeError where another loop fails or trains otherwise than
+    the first.
     """
     device = choose_device(device).type
     _check_peers(peers, device)
@@ -97,9 +98,18 @@ def run(
                     device=device,
                 )
                 loops[name] = Loop(name, job)
-            for loop in loops.values():
-                loop.expect("ready")
-                loop.take_turn(WARMUP_STEPS)
+            failed = {}
+            for name, loop in list(loops.items()):
+                try:
+                    loop.expect("ready")
+                    loop.take_turn(WARMUP_STEPS)
+                except RuntimeError as error:
+                    if jobs[name][0] == "ours":
+                        raise
+                    # What others' loops cannot do here is a result too, and no reason to have none.
+                    failed[name] = str(error)
+                    print(f"{error}\n{name} is left out", file=sys.stderr, flush=True)
+                    loops.pop(name).close()
             for _ in range(turns):
                 for loop in loops.values():
                     loop.take_turn(STEPS_PER_TURN[device], keep=True)
@@ -123,7 +133,7 @@ def run(
                 a / b
                 for a, b in zip(loops[mine].seconds[what], loops[other].seconds[what], strict=True)
             )
-            for other in jobs
+            for other in loops
             if other not in ours
         }
         for mine in ours
@@ -141,6 +151,7 @@ def run(
         "steps": turns * STEPS_PER_TURN[device],
         "compared": what,
         "loops": figures,
+        "failed": failed,
         "ratios": ratios,
     }
     print(markdown(found))
@@ -272,10 +283,12 @@ def markdown(found: dict[str, Any]) -> str:
         )
     memory = "of the process" if on_cpu else "that torch took"
     compared = "CPU time of a process" if on_cpu else "the GPU's time"
+    failed = "".join(f"\n\n{name} failed." for name in found["failed"])
     return (
         f"A training step of {found['model']} {found['overrides'] or ''} ({found['parameters']:,} "
         f"parameters) in {found['precision']}: {found['micro_batches']} × {found['rows']} rows of "
         f"{found['seq_len']} tokens; medians (minimum to maximum) of {found['steps']} steps taken "
         f"in turns; ratios of {compared}, step by step; peak memory {memory}.\n\n"
         + markdown_table(header, table)
+        + failed
     )

@@ -148,6 +148,19 @@ def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast(tmp_path: Path) 
     assert len(found["loops"]) == 3
 
 
+@pytest.mark.slow
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No DeepSpeed config of this name: stock Accelerate's loop ends with an error of its own.
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "/nowhere.json")
+    found = _step_figures(tmp_path, "--peers", "accelerate", "bare")
+    assert list(found["failed"]) == [PEERS["accelerate"]]
+    assert list(found["loops"]) == ["recipe, engine none", PEERS["bare"]]
+    assert f"{PEERS['accelerate']} failed." in (tmp_path / "table.md").read_text()
+    assert f"{PEERS['accelerate']} is left out" in capsys.readouterr().err
+
+
 def test_loops_that_train_differently_are_not_reported() -> None:
     losses = {"a": {"mean_loss": 4.0}, "b": {"mean_loss": 4.1}}
     with pytest.raises(RuntimeError, match="do not train alike"):
