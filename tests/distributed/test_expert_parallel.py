@@ -339,6 +339,7 @@ def test_final_of_a_run_with_spread_experts_has_its_held_out_loss_in_plain_trans
     assert nats / tokens == pytest.approx(last, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_spread_experts_is_that_without_and_samples_and_resumes(
     tiny_conversations: TinyConversations, tmp_path: Path
 ) -> None:

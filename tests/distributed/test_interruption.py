@@ -157,6 +157,7 @@ def test_launcher_that_is_killed_takes_its_ranks_with_it_and_they_save(start):
     assert "the launcher" in run.output() and "is gone" in run.output()
 
 
+@pytest.mark.slow
 def test_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(start, monkeypatch):
     run = start()
     run.wait_for_step(2)
@@ -245,6 +246,7 @@ def test_rank_that_is_suspended_is_named_and_ends_the_job_within_the_stated_time
     assert re.search(r"recipes/pretrain.py\", line \d+, in main", waiting) and words in waiting
 
 
+@pytest.mark.slow
 def test_time_limit_saves_and_ends_with_status_0(tiny_data: TinyData, tmp_path: Path) -> None:
     flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path / "run")]
     done = launch(

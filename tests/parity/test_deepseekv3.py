@@ -212,6 +212,7 @@ def test_autocast_runs_expert_matrices_in_bf16_and_the_router_in_fp32():
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_the_preset_has_the_designed_size_and_needs_few_operators_and_one_synchronisation():
     model = build_model("mini_deepseekv3", vocab_size=32_000, num_nextn_predict_layers=0).train()
     parameters = {name: p.numel() for name, p in model.named_parameters()}

@@ -327,6 +327,7 @@ def test_checkpointing_and_evaluation_change_neither_load_nor_balance_gradient()
 # ---- Cost ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_step_of_the_full_preset_dispatches_few_operators():
     model = build_model("mini_qwen3_next", vocab_size=32_000).train()
     tokens = torch.randint(32_000, (2, 256))

@@ -191,6 +191,7 @@ def test_weights_begin_as_the_config_says_whatever_the_class(name):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_a_training_step_of_mini_llama3_dispatches_few_operators():
     model = build_model("mini_llama3", vocab_size=32_000).train()
     tokens = torch.randint(32_000, (2, 256))

@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +117,7 @@ def test_metrics_hold_the_documented_keys_at_the_steps_asked_for(finished_run, t
 
 
 def test_the_trackers_have_what_metrics_jsonl_has_under_documented_names(finished_run):
+    assert len(list((finished_run / "logs" / "wandb").glob("offline-run-*"))) == 1  # rank 0's
     assert_trackers_have_what_metrics_jsonl_has(finished_run)
     names = {name for line in metrics(finished_run) for name in line} - {"step"}
     assert names_without_a_row(names) == []
@@ -143,47 +142,6 @@ def test_held_out_loss_equals_a_plain_evaluation_of_the_final_model(finished_run
     last = metrics(finished_run)[-1]
     assert np.isclose(last["eval/tiny/loss"], nats / tokens, rtol=1e-5)
     assert np.isclose(last["eval/tiny/bits_per_byte"], nats / np.log(2) / num_bytes, rtol=1e-5)
-
-
-def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a W&B run file: LevelDB's log format after a header of 7 bytes."""
-    block_size, header, position, parts = 32768, struct.Struct("<IHB"), 7, b""
-    while position + header.size <= len(content):
-        left_in_block = block_size - position % block_size
-        if left_in_block < header.size:
-            position += left_in_block
-            continue
-        _, length, kind = header.unpack_from(content, position)
-        position += header.size
-        parts += content[position : position + length]
-        position += length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
-def test_wandb_offline_holds_every_logged_value(finished_run):
-    from wandb.proto import wandb_internal_pb2
-
-    files = list((finished_run / "logs" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 1  # rank 0 alone logs
-    history = []
-    for data in wandb_records(files[0].read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            history.append(
-                {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                    for item in items
-                }
-            )
-    for expected in metrics(finished_run):
-        row = next(row for row in history if row["_step"] == expected["step"])
-        for key, value in expected.items():
-            if key != "step" and value is not None:
-                assert row[key] == pytest.approx(value), key
 
 
 STOCK_PROCESS = """

@@ -88,6 +88,7 @@ def test_decoded_rows_give_back_the_real_text_exactly(folder: Path) -> None:
     assert whole > 9 * len(texts) and all(size > SEQ_LEN for size in sizes.values())
 
 
+@pytest.mark.slow
 def test_fifty_steps_on_real_chinese_text_lower_its_loss(folder: Path, tmp_path: Path) -> None:
     packed = {"pages": {"path": str(folder / "packed"), "weight": 1}}
     launch(

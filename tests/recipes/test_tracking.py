@@ -17,6 +17,7 @@ from tests.wandb_server import HANG, WandbServer, recorded_history, uploaded_his
 LLAMA, DEEPSEEK, QWEN = TINY_MODELS
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_as_one_tensorboard_curve_and_one_wandb_run(
     tiny_data: TinyData, tmp_path
 ) -> None:
