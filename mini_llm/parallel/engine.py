@@ -305,33 +305,39 @@ def optimizer_step(
 
     The norm is over all parameters and ranks, of the step's whole gradient. Where it is not finite,
     nothing is updated: DeepSpeed's ZeRO-1 to 3 look at it themselves, and return inf; elsewhere the
-    optimizer's kernel does, and the host need not wait for the norm.
+    fused optimizer's kernel does, and the host waits for the norm only where it is another one.
     """
     beat("optimizer step")
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     if not is_deepspeed(model):
         norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
-        _update_only_if_finite(optimizer, norm)
-        optimizer.step()
+        if _may_step(optimizer, norm):
+            optimizer.step()
         optimizer.zero_grad()
         return norm
     if model.zero_optimization_stage() > 0:  # type: ignore[operator]
         model.step()  # type: ignore[operator]
         return model.get_global_grad_norm()  # type: ignore[operator]
     norm = nn.utils.clip_grad_norm_(model.module.parameters(), limit)  # type: ignore[union-attr]
-    _update_only_if_finite(optimizer, norm)
-    model.step()  # type: ignore[operator]
+    if _may_step(optimizer, norm):
+        model.step()  # type: ignore[operator]
+    else:
+        model.zero_grad()
     return norm
 
 
-def _update_only_if_finite(optimizer: Any, norm: torch.Tensor) -> None:
-    """Let the next step of the fused AdamW change nothing, moments included, if ``norm`` is bad.
+def _may_step(optimizer: Any, norm: torch.Tensor) -> bool:
+    """Whether to call the optimizer's step: False for a bad ``norm``, if only the host can know.
 
-    What torch has for its own gradient scaler: a flag on the device that the kernel looks at.
+    The fused AdamW is called in any case, and told to change nothing, moments included, by what
+    torch has for its own gradient scaler: a flag on the device that the kernel looks at.
     """
     while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
         optimizer = optimizer.optimizer
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return bool(norm.isfinite())
     optimizer.found_inf = (~norm.isfinite()).float()
+    return True
 
 
 def leave(accelerator: Accelerator) -> NoReturn:
