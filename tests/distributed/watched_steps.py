@@ -48,7 +48,7 @@ class Watch:
         """Note the line of this project, if it is one, that calls a tensor's ``method``."""
         frame = sys._getframe(2)
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(REPOSITORY) and not path.is_relative_to(REPOSITORY / "tests"):
+        if any(path.is_relative_to(REPOSITORY / ours) for ours in ("mini_llm", "recipes")):
             where = str(path.relative_to(REPOSITORY))
             if not where.startswith(NOT_COUNTED):
                 self.reads[self.step].append(f"{where}:{frame.f_lineno} {method}")
