@@ -27,7 +27,9 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,16 @@ def meet(path: str, mine: Registration, job: str, seconds: float) -> Meeting:
     return _Meeting(Path(path), mine, job).wait(seconds)
 
 
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What would interrupt this thread does so at the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Meeting:
     def __init__(self, path: Path, mine: Registration, job: str) -> None:
         if not path.parent.is_dir():
@@ -75,8 +87,8 @@ class _Meeting:
 
     def wait(self, seconds: float) -> Meeting:
         deadline = time.monotonic() + seconds
-        self._register(max(self._rounds(), default=1))
         try:
+            self._register(max(self._rounds(), default=1))
             while True:
                 if not self._touch():  # deleted, with an older round
                     self._register(max(self._rounds(), default=self._round))
@@ -118,14 +130,16 @@ class _Meeting:
     def _register(self, round_: int) -> None:
         """Take the lowest free rank of this round or of a later one."""
         content = (json.dumps(dataclasses.asdict(self._mine)) + "\n").encode()
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        self._round = self._rank = -1
         while True:
             for rank in range(self._mine.nodes):
                 with contextlib.suppress(FileExistsError):
-                    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                    file = os.open(self._file(round_, rank), flags, 0o644)
+                    with _signals_wait():  # from here on this node knows what to delete
+                        file = os.open(self._file(round_, rank), flags, 0o644)
+                        self._round, self._rank = round_, rank
                     os.write(file, content)
                     os.close(file)
-                    self._round, self._rank = round_, rank
                     self._since = self._own_file().stat().st_mtime
                     return
             round_ += 1

@@ -161,6 +161,30 @@ def test_a_launcher_that_waits_for_others_clears_up_at_a_signal(
     assert nodes.files() == []
 
 
+INTERRUPTED_WHILE_IT_REGISTERS = """
+import os, signal, sys
+from mini_llm.launch import rendezvous
+
+real_open = os.open
+
+def open_and_interrupt(path, *arguments):
+    file = real_open(path, *arguments)
+    if "meet" in str(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return file
+
+os.open = open_and_interrupt
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+rendezvous.meet(sys.argv[1], rendezvous.Registration("h", "a", 1, 2, 1), "job", 5)
+"""
+
+
+def test_a_signal_in_the_moment_of_registering_leaves_no_file(nodes: Nodes) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_WHILE_IT_REGISTERS, str(nodes.path)]
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=SECONDS, check=False).returncode == 7
+    assert nodes.files() == []
+
+
 def test_jobs_of_a_batch_system_do_not_meet_each_other(nodes: Nodes) -> None:
     ours, theirs = nodes.start(node(1), job="7_0"), nodes.start(node(8), job="8_0")
     nodes.wait_for_files(2)
