@@ -348,6 +348,7 @@ cmd_setup() {
   stage setup install_environment "$dev" "$torch_index"
   ((dev == 0)) || install_test_packages
   echo "Next: ./launch.sh quickstart, or ./launch.sh doctor to check this machine"
+  echo "For commands that begin with accelerate or python: source $VENV/bin/activate"
 }
 
 cmd_test() {

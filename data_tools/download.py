@@ -31,6 +31,7 @@ from tqdm import tqdm
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mini_llm.command_line import Parser
 from mini_llm.data.remote_files import (
     ENDPOINT_VARIABLES,
     ENDPOINTS,
@@ -139,7 +140,7 @@ def main() -> None:
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
     listing = "\n".join(f"  {name:19}{dataset.title}" for name, dataset in DATASETS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"{(__doc__ or '').rstrip()}\n\ndata sets:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,6 +28,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+# The tools run as plain scripts from the repository, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mini_llm.command_line import HelpFormatter, Parser
+
 PYTHON_SOURCE = "python-source"
 PYTHON_DOCSTRINGS = "python-docstrings"
 MANPAGES_ZH = "manpages-zh"
@@ -89,9 +94,9 @@ def main() -> None:
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(

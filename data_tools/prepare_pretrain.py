@@ -33,6 +33,7 @@ import numpy as np
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mini_llm.command_line import HelpFormatter, Parser
 from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.input_files import InputFile, check_unchanged, skip_or_raise
 from mini_llm.data.jobs import available_cpus, run_jobs
@@ -106,9 +107,9 @@ def main() -> None:
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--input",

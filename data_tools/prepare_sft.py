@@ -1,6 +1,6 @@
 """Turn conversations into packed rows with labels on the answers, a manifest and charts.
 
-    python data_tools/prepare_sft.py --input data/deepctrl/sft_data_zh.jsonl \\
+    python data_tools/prepare_sft.py --input data/deepctrl-zh/sft_data_zh.jsonl \\
         --tokenizer data/tokenizer --output_dir data/sft_packed --seq_len 2048
 
 Reads jsonl: DeepCtrl (instruction, input, output, history), `messages` with role and content, and
@@ -55,6 +55,7 @@ from data_tools.sft_worker import (
     priority,
     read_self_awareness,
 )
+from mini_llm.command_line import HelpFormatter, Parser
 from mini_llm.data.conversation_files import (
     SUFFIXES,
     digest,
@@ -110,9 +111,9 @@ def main() -> None:
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--input",

@@ -41,6 +41,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.sample_charts import draw_source_shares
+from mini_llm.command_line import HelpFormatter, Parser
 from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.input_files import InputFile, skip_or_raise
 from mini_llm.data.jobs import available_cpus, run_jobs
@@ -86,9 +87,9 @@ def main() -> None:
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--input",

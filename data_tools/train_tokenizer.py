@@ -27,6 +27,7 @@ from typing import Any
 # The tools run as plain scripts from the repository, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mini_llm.command_line import HelpFormatter, Parser
 from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.text_files import Rejected, find_text_files, read_documents
 from mini_llm.data.tokenizer import (
@@ -58,9 +59,9 @@ def main() -> None:
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, sys.argv when none is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--input",

@@ -9,14 +9,20 @@ OPENAI_BASE_URL and OPENAI_API_KEY say where the server is and what its key is, 
 import os
 import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 client = OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
     api_key=os.environ.get("OPENAI_API_KEY", "none"),
 )
 question = sys.argv[1] if len(sys.argv) > 1 else "你好！"
-model = client.models.list().data[0].id  # a server has one model
+try:
+    model = client.models.list().data[0].id  # a server has one model
+except APIConnectionError:
+    sys.exit(
+        f"error: no server answers at {client.base_url}; start one with ./launch.sh serve "
+        "output/quickstart/sft, or set OPENAI_BASE_URL to where it is"
+    )
 
 # A chat, piece by piece. What a model thinks first comes as reasoning_content.
 stream = client.chat.completions.create(

@@ -3,12 +3,12 @@
 Saved with ``--entity`` and ``--project``; ``--print`` shows it as JSON, without a network.
 """
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from mini_llm.command_line import Parser
 from mini_llm.training.wandb_tracker import PROJECT, SAMPLES, STEP
 
 NAME = "mini-llm"
@@ -121,7 +121,7 @@ def expression(pattern: str) -> str:
 
 def main(words: list[str] | None = None) -> None:
     """Save the workspace, or print it."""
-    parser = argparse.ArgumentParser(prog="python -m mini_llm.dashboard", description=__doc__)
+    parser = Parser(prog="python -m mini_llm.dashboard", description=__doc__)
     parser.add_argument("--entity", help="user or team in W&B")
     parser.add_argument("--project", default=PROJECT, help="project of the runs [%(default)s]")
     parser.add_argument("--name", default=NAME, help="name of the workspace [%(default)s]")

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from .command_line import Parser
 from .finding import Finding
 from .parallel.environment import clear_stale_build_locks
 
@@ -268,7 +269,7 @@ def probe() -> None:
         with accumulate(model, last=True):
             loss = model(inputs).square().mean() / ranks
             backward(accelerator, model, loss)
-        optimizer_step(accelerator, model, optimizer, max_grad_norm=1.0)
+        optimizer_step(model, optimizer, max_grad_norm=1.0)
         losses.append(accelerator.reduce(loss.detach(), "sum").item())
 
     moments = inner_optimizer(optimizer).state.values()
@@ -312,9 +313,9 @@ def report(findings: Iterable[Finding]) -> int:
     return int(failed)
 
 
-def main() -> int:
+def main(command_line: list[str] | None = None) -> int:
     """Prints the report; 1 where something that training needs is broken."""
-    parser = argparse.ArgumentParser(prog="./launch.sh doctor", description=__doc__)
+    parser = Parser(prog="./launch.sh doctor", description=__doc__)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--data",
@@ -328,7 +329,7 @@ def main() -> int:
     parser.add_argument(
         "--seq_len", type=int, help="tokens per row for --data (default: a prepared folder's, 2048)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     if arguments.probe:
         probe()
         return 0

@@ -58,7 +58,7 @@ from mini_llm.data.quickstart import (
 from mini_llm.hub.background_push import BackgroundPush
 from mini_llm.hub.export import chat_generation_config, save_final
 from mini_llm.hub.model_card import write_card
-from mini_llm.models import check_model, load_model, pretrained_folder
+from mini_llm.models import check_model, check_vocabulary, load_model, pretrained_folder
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
 from mini_llm.parallel.compile import compile_layers, wants_compile
@@ -73,13 +73,7 @@ from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import bias_spread, take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
-from mini_llm.training.checkpoint import (
-    find_checkpoint,
-    load_newest,
-    read_state,
-    save_checkpoint,
-    stream_state,
-)
+from mini_llm.training.checkpoint import find_checkpoint, load_newest, read_state, stream_state
 from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
 from mini_llm.training.interruption import Interruption, note_the_stop, what_is_due
 from mini_llm.training.losses import combine_losses, mtp_options
@@ -97,6 +91,7 @@ from mini_llm.training.run_folder import (
 )
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.samples import PromptSamples, check_prompts
+from mini_llm.training.saving import CheckpointWriter
 from mini_llm.training.sizes import count_parameters, training_flops_per_token
 from mini_llm.training.timing import StepTimer
 
@@ -110,11 +105,12 @@ def main(args: SftArguments) -> None:
         pusher = BackgroundPush(args, rank())
         check_prompts(args.sample_prompts, chat=True)
         pretrained = pretrained_folder(args.model)
+        check_model(str(pretrained))
         args.tokenizer = args.tokenizer or str(pretrained)
         if args.quickstart_data and is_quickstart_data(args.data):
             build_quickstart_conversations(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)
-        check_model(str(pretrained), vocab_size=len(tokenizer))
+        check_vocabulary(str(pretrained), len(tokenizer))
         stream = open_sft_stream(
             args.data,
             seq_len=args.seq_len,
@@ -265,6 +261,18 @@ def main(args: SftArguments) -> None:
     evaluation: dict[str, float] = {}
     interruption = Interruption(max_hours=args.max_hours, save_minutes=args.save_minutes)
 
+    def announce(saved: Path) -> None:
+        log.say(f"saved {saved}")
+        pusher.send(saved)
+
+    saving = CheckpointWriter(
+        accelerator,
+        output_dir,
+        total_limit=args.save_total_limit,
+        milestone_steps=args.milestone_steps,
+        announce=announce,
+    )
+
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
     model.train()
     held = HeldBytes(model, optimizer)
@@ -289,9 +297,10 @@ def main(args: SftArguments) -> None:
         # The loss of a step is Σ token losses ÷ supervised tokens, both over all ranks and
         # micro-batches: long and short answers weigh by their tokens, wherever they were packed.
         num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
-        sums = to_device(torch.tensor([num_targets, *interruption.wishes()]), accelerator.device)
+        shares = torch.tensor([num_targets, *interruption.wishes(), *saving.progress()])
         watchdog.beat("counting the step's tokens")
-        sums = accelerator.reduce(sums, "sum")
+        sums = accelerator.reduce(to_device(shares, accelerator.device), "sum")
+        saving.agree(sums[3:])  # announces a checkpoint that all ranks have written meanwhile
 
         set_learning_rate(
             optimizer,
@@ -331,7 +340,7 @@ def main(args: SftArguments) -> None:
             if step == start_step + 1:
                 held.note_gradients()
         with timer.part("optimizer"):
-            grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+            grad_norm = engine.optimizer_step(model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)  # None for a model without experts
         if load is not None and args.expert_bias_update_speed:
             update_expert_bias(
@@ -339,12 +348,14 @@ def main(args: SftArguments) -> None:
             )
 
         # If one rank wishes to save or to stop, all do, after this step.
-        interruption.agree(sums[1:])
+        interruption.agree(sums[1:3])
         is_last = step == last_step or interruption.stop_now
         due = what_is_due(args, step, is_last=is_last, save_now=interruption.save_now)
         fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=due.anything)
         if fault is not None:
             log.say(f"{fault} (--bad_step_policy {args.bad_step_policy})")
+            if args.bad_step_policy != "skip":
+                saving.wait()  # the newest checkpoint, if it is still being written
             if args.bad_step_policy == "stop":
                 raise RuntimeError(f"{fault}; see --bad_step_policy")
             if args.bad_step_policy == "rewind":
@@ -402,11 +413,9 @@ def main(args: SftArguments) -> None:
         if metrics:
             log.write(step, metrics)
         if due.save:
-            saved = save_checkpoint(
-                accelerator,
+            saving.save(
                 model,
                 tokenizer,
-                output_dir,
                 step=step,
                 state={
                     "engine": describe_engine(accelerator, model),
@@ -414,18 +423,17 @@ def main(args: SftArguments) -> None:
                     "tokens": tokens.state_dict(),
                     "bad_steps": bad_steps.state_dict(),
                 },
-                total_limit=args.save_total_limit,
-                milestone_steps=args.milestone_steps,
                 eval_loss=mean_loss(evaluation) if evaluated_at == step else None,
+                wait=is_last,  # else it is written while the next steps are made
             )
-            log.say(f"saved {saved}")
-            pusher.send(saved)
             interruption.saved()
             timer.restart()
         if interruption.stop_now:
             log.say(f"stopping at step {step}: {interruption.reason}; the same command goes on")
             note_the_stop()
             break
+        if is_last and step < args.max_steps:
+            log.say(f"stopping at step {step}; the same command without --stop_at_step goes on")
 
     # ---- Finish: a stock checkpoint, a picture of the losses, a few samples ----------------------
     for line in describe_rejected(rejected_rows(stream)):

@@ -1,17 +1,18 @@
 """Starting the recipes the way a user does, and reading what a run left behind."""
 
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from mini_llm.parallel.environment import free_port
 from tests.conftest import TINY_MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SECONDS = 300
+SECONDS = 600  # for a launch; a busy machine takes minutes
 
 # A model small enough that a launch is mostly imports; everything else is the recipe's own.
 TINY_MODEL = TINY_MODELS["mini_llama3_tiny"]
@@ -36,6 +37,29 @@ SFT_RUN = [
     *("--logging_steps", "1", "--eval_steps", "0", "--save_steps", "0", "--report_to", "none"),
     *("--sample_prompts", "[]"),
 ]
+
+
+_numbers = itertools.count(os.getpid())
+
+
+def launch_port() -> int:
+    """A port at which ranks can meet minutes from now.
+
+    It is below those that Linux gives to whoever asks for any (from 32768 on), where another
+    connection might take it meanwhile, and no other worker of this suite has it. Those after it are
+    left free, because a restart takes the next.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 5_000 // workers
+    while True:
+        port = 12_000 + 4 * (worker * share + next(_numbers) % share)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return port
 
 
 def launch(
@@ -93,7 +117,7 @@ def launch_several(
     env: dict[str, str] | None = None,
     env_of_runs: list[dict[str, str]] | None = None,
     script: str = "several_runs.py",
-    seconds: float = 600,
+    seconds: float = 1800,
 ) -> str:
     """Run the recipe once for every list of flags, one after the other, in one launch.
 
@@ -102,7 +126,7 @@ def launch_several(
     run alone. Returns the output; fails with it if one of them fails.
     """
     content = [
-        {"recipe": recipe, "flags": flags, "port": free_port(), "env": variables}
+        {"recipe": recipe, "flags": flags, "port": launch_port(), "env": variables}
         for flags, variables in zip(runs, env_of_runs or [{}] * len(runs), strict=True)
     ]
     plan.write_text(json.dumps(content))

@@ -66,6 +66,7 @@ def uploaded_history(run: Path) -> dict[int, dict[str, Any]]:
     with WandbServer() as server:
         done = subprocess.run(
             [sys.executable, "-m", "wandb", "sync", *map(str, parts)],
+            cwd=run.parent,  # where it leaves a folder wandb/
             env={**os.environ, **server.environment(), "WANDB_ERROR_REPORTING": "false"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,11 +8,12 @@
         -m mini_llm.bench experts --experts 64
     python -m mini_llm.bench generation --batch 1 8
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
+    nice python -m mini_llm.bench learning --keep output/learning
     python -m mini_llm.bench all --json bench.json --markdown bench.md
 
-Those of traffic are computed by a formula. The others are medians, with minimum and maximum, of
-variants that take turns: on a CPU of CPU time, which other work on the machine hardly touches, on a
-GPU of its own time. Set OMP_NUM_THREADS=1 for figures of one thread.
+Those of traffic are computed by a formula, those of learning are losses. The others are medians,
+with minimum and maximum, of variants that take turns: on a CPU of CPU time, which other work on the
+machine hardly touches, on a GPU of its own time. Set OMP_NUM_THREADS=1 for figures of one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .names import ENGINES, PARTS, PEERS, PRESETS
+from mini_llm.command_line import Parser
+
+from .names import ENGINES, PARTS, PEERS, PRESETS, TINY_PRESETS
 
 # What `all` runs besides, with --input, data: on a CPU in minutes, on a GPU at the presets' size.
 SMALL = [*("--rows", "4", "--seq_len", "256"), "--device", "cpu"]
@@ -52,8 +55,11 @@ def all_commands(device: str, steps: int) -> list[list[str]]:
                 flags = ["--model", name, *size, *count, "--precision", precision]
                 commands.append([part, *flags])
     commands.append(["checkpoint", "--model", f"mini_llama3{tiny}", *size[:4], *count])
+    models = [f"{model}{tiny}" for model in PRESETS]
+    repeats = ["--repeats", str(steps)]
+    commands.append(["generation", "--model", *models, *repeats, "--device", device])
     if device == "cpu":
-        commands.append(["attention", "--repeats", str(steps)])
+        commands.append(["attention", *repeats])
     return [*commands, ["traffic"]]
 
 
@@ -62,7 +68,7 @@ _DEFAULT_MODELS = {"step": "mini_llama3_tiny", "delta_net": "mini_qwen3_next"}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini_llm.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -164,10 +170,47 @@ def build_parser() -> argparse.ArgumentParser:
     of_generation.add_argument("--prompt_tokens", type=int, default=128, help="default: 128")
     of_generation.add_argument("--new_tokens", type=int, default=64, help="default: 64")
     of_generation.add_argument("--repeats", type=int, default=5, help="timed calls (default: 5)")
-    of_all = what.add_parser("all", help="everything that needs one process, in a default size")
+    of_learning = what.add_parser(
+        "learning",
+        help="held-out loss of the recipe and of HF Trainer with the stock class; no part of all",
+        description="Trains each model by recipes/pretrain.py and its stock class by HF Trainer, "
+        "on the same rows with the same hyperparameters, and compares their held-out losses; and "
+        "mini_deepseekv3_tiny with a mini_llama3 of the same active size. On a CPU, one training "
+        "after the other in one thread: as it stands 21 of about two minutes, three quarters of an "
+        "hour in all. That is too long to be a part of all.",
+    )
+    of_learning.add_argument(
+        "--models",
+        nargs="+",
+        choices=TINY_PRESETS,
+        default=TINY_PRESETS,
+        help="default: all three",
+    )
+    of_learning.add_argument(
+        "--steps", type=int, default=300, help="of 2,048 tokens, of every training (default: 300)"
+    )
+    of_learning.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="of initial weights and the order of the rows (default: 0 1 2)",
+    )
+    of_learning.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps data and runs; what is finished there is not repeated (default: a "
+        "temporary one)",
+    )
+    of_all = what.add_parser(
+        "all",
+        help="everything that needs one process and not hours, in a default size: all but experts "
+        "and learning",
+    )
     of_all.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
     of_all.add_argument("--input", type=Path, nargs="+", help="text, to measure data on too")
-    for command in (of_step, *of_parts, of_all):
+    for command in (of_step, *of_parts, of_generation, of_all):
         command.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
         )
@@ -249,9 +292,19 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from . import generation
 
         figures = generation.run(
-            args.model, args.batch, args.prompt_tokens, args.new_tokens, args.repeats
+            args.model,
+            args.batch,
+            args.prompt_tokens,
+            args.new_tokens,
+            args.repeats,
+            device=args.device,
         )
         return figures, generation.markdown(figures)
+    if args.what == "learning":
+        from . import learning
+
+        figures = learning.run(args.models, args.steps, args.seeds, args.keep)
+        return figures, learning.markdown(figures)
     from . import traffic
 
     figures = traffic.run(

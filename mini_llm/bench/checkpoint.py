@@ -1,7 +1,8 @@
-"""How long a checkpoint keeps training waiting, beside the time of a step.
+"""How long a checkpoint keeps training waiting, and what writing it costs the steps meanwhile.
 
 The recipe's own save (engine state, stock weights, checksums, flushed to disk) into a temporary
-folder, and steps between the saves; by the clock, because what a save waits for is the disk.
+folder, with steps while it is written and steps without; by the clock, because what a save waits
+for is the disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from ..data.tokenizer import DEFAULT_TOKENIZER
 from ..models import build_model
 from ..parallel import engine
 from ..parallel.environment import prepare_environment
+from ..parallel.transfer import to_device
 from ..training.arguments import REPOSITORY
-from ..training.checkpoint import save_checkpoint
 from ..training.optimizer import build_optimizer
+from ..training.saving import CheckpointWriter
 from .measure import device_name, machine, markdown_table, median_and_range
 
 
@@ -37,7 +40,10 @@ def run(
     seq_len: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Measure `repeats` saves with a step before each; print the table and return the figures."""
+    """Measure `repeats` saves, the steps while each is written and as many without.
+
+    Prints the table and returns the figures.
+    """
     prepare_environment()
     config = "none" if engine_name == "none" else str(REPOSITORY / f"ds_configs/{engine_name}.json")
     accelerator = engine.build_accelerator(config, micro_batch_size=rows, bf16=precision == "bf16")
@@ -59,32 +65,50 @@ def run(
         with engine.accumulate(prepared, last=True):
             loss = prepared(input_ids=tokens, labels=tokens, use_cache=False).loss
             engine.backward(accelerator, prepared, loss)
-        engine.optimizer_step(accelerator, prepared, optimizer, 1.0)
+        engine.optimizer_step(prepared, optimizer, 1.0)
 
-    seconds: dict[str, list[float]] = {"step": [], "save": []}
+    names = ("step", "waits", "complete", "step during")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    completed: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
+        saving = CheckpointWriter(
+            accelerator,
+            Path(folder),
+            total_limit=2,
+            announce=lambda _: completed.append(time.perf_counter()),
+        )
 
-        def save(number: int) -> None:
-            save_checkpoint(
-                accelerator,
-                prepared,
-                tokenizer,
-                Path(folder),
-                step=number,
-                state={},
-                total_limit=2,
-            )
+        def timed(call: Callable[[], None]) -> float:
+            begin = time.perf_counter()
+            call()
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
 
-        for i in range(repeats + 1):  # the first of each is not counted
-            for name, call in (("step", step), ("save", lambda i=i: save(i + 1))):
-                begin = time.perf_counter()
-                call()
-                if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if i:
-                    seconds[name].append(time.perf_counter() - begin)
+        def step_and_look() -> None:
+            sums = to_device(torch.tensor(saving.progress()), accelerator.device)
+            saving.agree(accelerator.reduce(sums, "sum"))
+            step()
+
+        def save() -> None:
+            saving.save(prepared, tokenizer, step=len(completed) + 1, state={})
+
+        timed(step)  # warm
+        for number in range(repeats + 1):
+            found_now: dict[str, list[float]] = {name: [] for name in names}
+            begin = time.perf_counter()
+            found_now["waits"].append(timed(save))
+            while len(completed) == number:
+                found_now["step during"].append(timed(step_and_look))
+            found_now["complete"].append(completed[-1] - begin)
+            for _ in found_now["step during"]:
+                found_now["step"].append(timed(step_and_look))
+            if number:  # the first of each is not counted
+                for name in names:
+                    seconds[name] += found_now[name]
         checkpoint = Path(folder, "checkpoints", f"step-{repeats + 1}")
         size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     found = {
         **machine("torch", "deepspeed", "accelerate"),
         "device": device_name(accelerator.device),
@@ -96,11 +120,16 @@ def run(
         "seq_len": seq_len,
         "repeats": repeats,
         "checkpoint_bytes": size,
-        "step_seconds": statistics.median(seconds["step"]),
-        "save_seconds": statistics.median(seconds["save"]),
+        "step_seconds": medians["step"],
+        "wait_seconds": medians["waits"],
+        "complete_seconds": medians["complete"],
+        "step_during_seconds": medians["step during"],
         "step_range": median_and_range(seconds["step"]),
-        "save_range": median_and_range(seconds["save"]),
-        "save_over_step": statistics.median(seconds["save"]) / statistics.median(seconds["step"]),
+        "wait_range": median_and_range(seconds["waits"]),
+        "complete_range": median_and_range(seconds["complete"]),
+        "step_during_range": median_and_range(seconds["step during"]),
+        "wait_over_step": medians["waits"] / medians["step"],
+        "step_during_over_step": medians["step during"] / medians["step"],
     }
     print(markdown(found), flush=True)
     return found
@@ -112,9 +141,26 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['model']} {found['overrides'] or ''} in {found['precision']}, {found['engine']}: "
         f"a step of {found['rows']} rows of {found['seq_len']} tokens and a checkpoint of "
         f"{found['checkpoint_bytes'] / 2**20:,.0f} MiB, by the clock, medians (minimum to maximum) "
-        f"of {found['repeats']}; {found['device']}\n\n"
+        f"of {found['repeats']} saves; {found['device']}\n\n"
         + markdown_table(
-            ["step, s", "training waits for a save, s", "save ÷ step"],
-            [[found["step_range"], found["save_range"], f"{found['save_over_step']:.2f}"]],
+            [
+                "step, s",
+                "training waits for a save, s",
+                "wait ÷ step",
+                "until the checkpoint is complete, s",
+                "step while it is written, s",
+                "that ÷ step",
+            ],
+            [
+                [
+                    found["step_range"],
+                    found["wait_range"],
+                    f"{found['wait_over_step']:.2f}",
+                    found["complete_range"],
+                    found["step_during_range"],
+                    f"{found['step_during_over_step']:.2f}",
+                ]
+            ],
         )
+        + "\n\nWhere the steps are computed by the CPU, writing takes some of it from them."
     )

@@ -149,7 +149,7 @@ def _step(accelerator: Any, model: Any, rows: int, seq_len: int) -> Callable[[],
                 use_cache=False,
             )
             engine.backward(accelerator, model, outputs.loss)
-        engine.optimizer_step(accelerator, model, optimizer, 1.0)
+        engine.optimizer_step(model, optimizer, 1.0)
         if wire is not None:
             wire.read()
         return float(accelerator.reduce(outputs.loss.detach(), "sum"))

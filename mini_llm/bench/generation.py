@@ -1,7 +1,8 @@
-"""Generating on the CPU: the Generator against transformers' ``generate``, of our class and stock.
+"""Generating: the Generator against transformers' ``generate``, of our class and stock.
 
 All take the likeliest token, so that all three must say the same (but where two tokens are equally
-likely up to rounding, which with 32,000 entries happens now and then). The prompts of a batch have
+likely up to rounding, which with 32,000 entries happens now and then: on a GPU, whose kernels round
+by the batch's shape, often, so that there is no such check). The prompts of a batch have
 lengths from half of the given one up to it. Weights are random: speed does not depend on them.
 """
 
@@ -20,22 +21,41 @@ from ..data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from ..inference.generator import Generator
 from ..inference.sampling import Sampling
 from ..models import build_model, load_model
-from .measure import interleaved, machine, markdown_table, median_and_range
+from .measure import (
+    choose_device,
+    device_name,
+    interleaved,
+    machine,
+    markdown_table,
+    median_and_range,
+)
 
 
 def run(
-    models: list[str], batches: list[int], prompt_tokens: int, new_tokens: int, repeats: int
+    models: list[str],
+    batches: list[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure, print each figure when it is there, and return them all.
+
+    On a CPU in fp32, by CPU time; on a GPU in bf16, by the clock.
 
     Raises ValueError for an unknown preset, and for more tokens than its context.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    place = choose_device(device)
+    dtype, compared = (
+        (torch.bfloat16, "clock") if place.type == "cuda" else (torch.float32, "CPU time")
+    )
     print(
         f"prompts of {prompt_tokens // 2} to {prompt_tokens} tokens, {new_tokens} new ones a row; "
-        "generate ÷ Generator, CPU time"
+        f"generate ÷ Generator, {compared}"
     )
     figures: dict[str, Any] = {}
     for name in models:
@@ -43,8 +63,8 @@ def run(
         with TemporaryDirectory() as folder:
             build_model(name, vocab_size=len(tokenizer), pad_token_id=0).save_pretrained(folder)
             # Both from the file, so that their weights lie in memory alike.
-            model = load_model(folder)
-            stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+            model = load_model(folder, dtype=dtype).to(place)
+            stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place).eval()
         if prompt_tokens + new_tokens > model.config.max_position_embeddings:
             raise ValueError(
                 f"--prompt_tokens {prompt_tokens} and --new_tokens {new_tokens} are more than the "
@@ -61,6 +81,9 @@ def run(
             )
     return {
         **machine("torch", "transformers"),
+        "device": device_name(place),
+        "dtype": str(dtype).removeprefix("torch."),
+        "compared": compared,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
@@ -82,8 +105,8 @@ def markdown(figures: dict[str, Any]) -> str:
     ]
     return (
         f"Prompts of {figures['prompt_tokens'] // 2} to {figures['prompt_tokens']} tokens, "
-        f"{figures['new_tokens']} new ones a row, the likeliest each; ratios of CPU time, medians "
-        f"of {figures['repeats']} turns\n\n"
+        f"{figures['new_tokens']} new ones a row, the likeliest each; {figures['dtype']}, ratios "
+        f"by {figures['compared']}, medians of {figures['repeats']} turns; {figures['device']}\n\n"
         + markdown_table(
             ["model", "Generator, tokens/s", "generate ÷ it", "stock generate ÷ it"], rows
         )
@@ -105,9 +128,10 @@ def _compare(
     repeats: int,
 ) -> dict[str, float]:
     """Time the three in turns and print a line."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    longest, device = max(map(len, prompts)), generator.model.device
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    padding = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    mask = torch.tensor(padding, device=device)
     greedy = Sampling(temperature=0, max_new_tokens=new_tokens, stop_token_ids=())
     config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -124,11 +148,13 @@ def _compare(
         "stock": lambda: of_transformers(stock),
     }
     ours, *others = (variant() for variant in variants.values())
-    for theirs in others:
+    for theirs in others if device.type == "cpu" else ():
         for prompt, mine, yours in zip(prompts, ours, theirs, strict=True):
             if mine != yours and not _parts_at_a_tie(generator.model, prompt, mine, yours):
                 raise RuntimeError(f"{name}: the three differ: a mistake of this program")
-    seconds = {name: of["cpu"] for name, of in interleaved(variants, repeats).items()}
+    compared = "cpu" if device.type == "cpu" else "clock"
+    times = interleaved(variants, repeats, device)
+    seconds = {name: of[compared] for name, of in times.items()}
     figures: dict[str, float] = {}
     for variant, values in seconds.items():
         rate = len(prompts) * new_tokens / statistics.median(values)

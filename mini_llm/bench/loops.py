@@ -125,6 +125,7 @@ def main() -> None:
         "bare": bare,
         "bare_stock": bare,
         "trainer": trainer,
+        "trainer_compile": trainer,
         "trainer_fast": trainer,
         "accelerate": accelerate,
         "accelerate_stock": accelerate,
@@ -141,18 +142,25 @@ def main() -> None:
 
 
 def ours(job: Job, turns: Turns) -> float:
-    """The step of recipes/pretrain.py by the functions that it calls, in its order."""
+    """The step of recipes/pretrain.py by the functions that it calls, in its order.
+
+    A test holds it to the recipe's: what that calls once in a while (logging, evaluation, saves) is
+    no part of it.
+    """
     from ..data import collate
     from ..models import load_model
-    from ..parallel import engine
+    from ..parallel import engine, watchdog
     from ..parallel.compile import compile_layers
     from ..parallel.transfer import to_device
     from ..training.arguments import REPOSITORY, PretrainArguments
     from ..training.bad_steps import BadSteps
     from ..training.balancing import take_expert_load, update_expert_bias
-    from ..training.losses import combine_losses
+    from ..training.interruption import Interruption, what_is_due
+    from ..training.losses import combine_losses, mtp_weight_at
     from ..training.metrics import TokenCounter
     from ..training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+    from ..training.saving import CheckpointWriter
+    from ..training.timing import StepTimer
 
     args = PretrainArguments(output_dir="", model="", tokenizer="", bf16=job.bf16)
     config = "none" if job.engine == "none" else str(REPOSITORY / f"ds_configs/{job.engine}.json")
@@ -170,6 +178,11 @@ def ours(job: Job, turns: Turns) -> float:
     model, optimizer = accelerator.prepare(model, optimizer)
     tokens = TokenCounter(accelerator, sources=["made_up"])
     bad_steps = BadSteps(args, accelerator)
+    timer = StepTimer(accelerator, flops_per_token=0.0, peak=None)
+    interruption = Interruption(max_hours=None, save_minutes=0)
+    saving = CheckpointWriter(
+        accelerator, Path(job.folder), total_limit=1, announce=lambda saved: None
+    )
     model.train()
     losses: list[torch.Tensor] = []
     stream = packed_rows(job)
@@ -177,14 +190,19 @@ def ours(job: Job, turns: Turns) -> float:
     turns.start()
     while True:
         step += 1
+        timer.begin_step(is_logged=what_is_due(args, step, is_last=False).log)
         micro_batches = []
-        for _ in range(job.micro_batches):
-            rows: list[Any] = [next(stream) for _ in range(job.rows)]
-            tokens.add(rows)
-            micro_batches.append(collate(rows, accelerator.device))
+        watchdog.beat("reading data", step)
+        with timer.part("data"):
+            for _ in range(job.micro_batches):
+                rows: list[Any] = [next(stream) for _ in range(job.rows)]
+                tokens.add(rows)
+                micro_batches.append(collate(rows, accelerator.device))
         num_targets = float(sum(batch["num_target_tokens"] for batch in micro_batches))
-        sums = to_device(torch.tensor([num_targets, 0.0, 0.0]), accelerator.device)
-        sums = accelerator.reduce(sums, "sum")
+        shares = torch.tensor([num_targets, *interruption.wishes(), *saving.progress()])
+        watchdog.beat("counting the step's tokens")
+        sums = accelerator.reduce(to_device(shares, accelerator.device), "sum")
+        saving.agree(sums[3:])
         learning_rate = learning_rate_at(
             step,
             peak=args.learning_rate,
@@ -195,34 +213,46 @@ def ours(job: Job, turns: Turns) -> float:
         )
         set_learning_rate(optimizer, learning_rate)
         step_losses: dict[str, torch.Tensor] = {}
+        mtp_weight = mtp_weight_at(
+            step,
+            first=args.mtp_loss_weight,
+            last=args.mtp_loss_final_weight,
+            max_steps=job.steps,
+        )
         for i, batch in enumerate(micro_batches):
             with engine.accumulate(model, last=i == job.micro_batches - 1):
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    documents=batch["documents"],
-                    labels=batch["labels"],
-                    num_items_in_batch=sums[0],
-                    use_cache=False,
-                )
-                loss, parts = combine_losses(
-                    outputs,
-                    mtp_weight=args.mtp_loss_weight,
-                    balance_weight=args.balance_loss_weight,
-                    micro_batches=job.micro_batches * accelerator.num_processes,
-                )
-                engine.backward(accelerator, model, loss)
+                with timer.part("forward"):
+                    outputs = model(
+                        input_ids=batch["input_ids"],
+                        position_ids=batch["position_ids"],
+                        documents=batch["documents"],
+                        labels=batch["labels"],
+                        num_items_in_batch=sums[0],
+                        use_cache=False,
+                    )
+                    loss, parts = combine_losses(
+                        outputs,
+                        mtp_weight=mtp_weight,
+                        balance_weight=args.balance_loss_weight,
+                        micro_batches=job.micro_batches * accelerator.num_processes,
+                    )
+                with timer.part("backward"):
+                    engine.backward(accelerator, model, loss)
             for name, part in parts.items():
                 step_losses[name] = step_losses.get(name, 0) + part.float()
-        grad_norm = engine.optimizer_step(accelerator, model, optimizer, args.max_grad_norm)
+        with timer.part("optimizer"):
+            grad_norm = engine.optimizer_step(model, optimizer, args.max_grad_norm)
         load = take_expert_load(model)
         if load is not None:
             update_expert_bias(
                 model, load, speed=args.expert_bias_update_speed, grad_norm=grad_norm
             )
+        interruption.agree(sums[1:3])
+        what_is_due(args, step, is_last=False, save_now=interruption.save_now)
         fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=False)
         if fault is not None:
             raise RuntimeError(str(fault))
+        timer.end_step(job.rows)
         losses.append(step_losses["train/loss"])
         if not turns.step_done():
             return torch.stack(losses).mean().item()
@@ -303,7 +333,7 @@ def trainer(job: Job, turns: Turns) -> float:
         def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
             control.should_training_stop = not turns.step_done()
 
-    adamw, fast = _adamw(), job.loop == "trainer_fast"
+    adamw = _adamw()
     arguments = TrainingArguments(
         output_dir=str(Path(job.folder, "trainer")),
         per_device_train_batch_size=job.rows,
@@ -317,8 +347,8 @@ def trainer(job: Job, turns: Turns) -> float:
         adam_epsilon=adamw["epsilon"],
         bf16=job.bf16,
         use_cpu=job.device == "cpu",
-        torch_compile=fast,
-        use_liger_kernel=fast,
+        torch_compile=job.loop in ("trainer_compile", "trainer_fast"),
+        use_liger_kernel=job.loop == "trainer_fast",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -14,6 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models import preset_config
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +67,22 @@ def interleaved(
             seconds[name]["cpu"].append(time.process_time() - cpu)
             seconds[name]["clock"].append(time.perf_counter() - clock)
     return seconds
+
+
+def without_mtp(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """``overrides`` that leave multi-token prediction out, as transformers and other loops do.
+
+    Raises ValueError where they ask for it.
+    """
+    layers = "num_nextn_predict_layers"
+    if not getattr(preset_config(preset, **overrides), layers, 0):
+        return overrides
+    if overrides.get(layers):
+        raise ValueError(
+            f"--model_overrides: {layers} must be 0, because what it is compared with has no "
+            "multi-token prediction and would do less work"
+        )
+    return {**overrides, layers: 0}
 
 
 def median_and_range(values: list[float]) -> str:

@@ -7,7 +7,7 @@
 - ``optimizer``: AdamW's update of all of a model's parameters, as a run makes it (fused), against
   torch's loop of single operations;
 - ``model``: a whole model, against transformers' class with the same weights (for experts, with
-  each of its implementations).
+  each of its implementations), and without multi-token prediction, which that leaves out.
 
 All forms of one part are in one process and take turns. Their results must agree.
 """
@@ -37,6 +37,7 @@ from .measure import (
     markdown_table,
     median_and_range,
     peak_memory,
+    without_mtp,
 )
 from .operators import Operators
 
@@ -173,7 +174,7 @@ def optimizer(shape: Shape) -> dict[str, Form]:
 
 
 def model(shape: Shape) -> dict[str, Form]:
-    """A training step without the optimizer: rows of one document each, no MTP loss in stock."""
+    """A training step without optimizer and without MTP: rows of one document each."""
     from transformers import AutoModelForCausalLM
 
     built = shape.build()
@@ -239,8 +240,11 @@ def run(
 ) -> dict[str, Any]:
     """Measure all forms of `part`, print the table and return the figures.
 
-    Raises ValueError for a preset without that part and RuntimeError where forms do not agree.
+    Raises ValueError for a preset without that part, or for a model that transformers' class is
+    not, and RuntimeError where forms do not agree.
     """
+    if part == "model":
+        overrides = without_mtp(preset, overrides)
     shape = Shape(preset, overrides, precision, rows, seq_len, choose_device(device))
     set_seed(1)
     forms = PARTS[part](shape)

@@ -6,7 +6,8 @@
 Every loop (``loops.py``) is a process of its own with the same weights, rows, precision and AdamW;
 one after the other takes a turn of steps while the rest wait. On a CPU figures compare CPU time of
 a loop's process, which other work on the machine hardly touches; on a GPU time by its own events.
-The losses of all must agree, or nothing is reported.
+The losses of all must agree, or nothing is reported; multi-token prediction, which other loops do
+not have, is left out beside them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from ..training.arguments import REPOSITORY
 from ..training.sizes import count_parameters, training_flops_per_token
 from ..training.timing import peak_flops
 from .loops import TOKENS, WEIGHTS, Job
-from .measure import choose_device, device_name, machine, markdown_table, median_and_range
+from .measure import (
+    choose_device,
+    device_name,
+    machine,
+    markdown_table,
+    median_and_range,
+    without_mtp,
+)
 from .names import PEERS
 
 WARMUP_STEPS = 3  # torch.compile, caches, DeepSpeed's first step
@@ -58,11 +66,13 @@ def run(
     """Measure at least `steps` steps of each loop; print the table and return the figures.
 
     A peer that fails in its first steps is named with its error and left out. Raises ValueError for
-    a peer that cannot run here and RuntimeError where another loop fails or trains otherwise than
-    the first.
+    a peer that cannot run here or train such a model, and RuntimeError where another loop fails or
+    trains otherwise than the first.
     """
     device = choose_device(device).type
     _check_peers(peers, device)
+    if peers:
+        overrides = without_mtp(model, overrides)
     turns = -(-steps // STEPS_PER_TURN[device])
     total = WARMUP_STEPS + turns * STEPS_PER_TURN[device] + 1
     set_seed(0)
@@ -196,7 +206,7 @@ class Loop:
                 text=True,
                 env=environment,
             )
-        self.countable = not (job.compiled or job.loop == "trainer_fast")
+        self.countable = not (job.compiled or job.loop in ("trainer_compile", "trainer_fast"))
         self.seconds: dict[str, list[float]] = {"clock": [], "cpu": []}
         self.counted: dict[str, Any] = {"operators": None, "host_syncs": None}
         self.end: dict[str, Any] = {}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -95,16 +95,35 @@ def _results(
         min(num_proc, len(jobs)), get_context("spawn"), _start_process, (make_worker,)
     )
     try:
-        futures = {pool.submit(_do, job): job for job in jobs}
+        futures = _submit_all(pool, jobs)
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
+        # The pool ends its processes, but not one that was being started meanwhile: it would wait
+        # for work, and this process for it, without end.
+        for process in active_children():
+            process.kill()
+            process.join()
         raise ChildProcessError(
             "--num_proc: a worker process was killed, perhaps for want of memory; run the "
             "same command again, with fewer processes: finished units are kept"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit_all(
+    pool: ProcessPoolExecutor, jobs: Sequence[AnyJob]
+) -> dict[Future[int | BadFileError], AnyJob]:
+    """Give the pool all jobs, which starts its processes. Raises BrokenProcessPool."""
+    try:
+        return {pool.submit(_do, job): job for job in jobs}
+    except Exception:
+        # When a process is killed while others are started, the pool's thread closes the pipe that
+        # `submit` is handing to the next one, which then fails in one of several ways. The pool
+        # is marked as broken before: a further `submit` says so.
+        pool.submit(os.getpid)
+        raise
 
 
 _worker_of_process: Worker

@@ -74,7 +74,12 @@ def _examined(
     prepare_text += " --output_dir data/packed"
     prepare_chat = f"python data_tools/prepare_sft.py --input {quoted} {flags}"
     prepare_chat += " --output_dir data/sft_packed"
-    pretrain, sft = (f"./launch.sh {recipe} --data {mapping}" for recipe in ("pretrain", "sft"))
+    # Without --config they would be the quickstart's runs, into its folders.
+    pretrain, sft = (
+        f"./launch.sh {recipe} --config recipes/configs/mini_llama3/{recipe}.yaml --data {mapping}"
+        for recipe in ("pretrain", "sft")
+    )
+    sft_raw = f"{sft} {flags} --num_train_epochs 0 --max_steps 1000"  # not counted beforehand
 
     kind = prepared_kind(data)
     if kind is Kind.PREPARED:
@@ -109,7 +114,7 @@ def _examined(
         yield from examine_conversations(shard, opened, row)
         if shard.path.suffix == ".jsonl":
             next_commands.append(prepare_chat)
-        next_commands.append(f"{sft} {flags}")
+        next_commands.append(sft_raw)
     elif kind is Kind.FINEWEB:
         yield from examine_text(shard, opened, row)
         next_commands += [prepare_text, f"{pretrain} {flags}"]
@@ -120,7 +125,7 @@ def _examined(
         yield Finding("ok", "2. as conversations", "answers are supervised, nothing is split")
         yield from _failures_as_findings(data, examine_conversations(shard, opened, row))
         next_commands += [f"{prepare_text} (as text)", f"{prepare_chat} (as conversations)"]
-        next_commands.append(f"{sft} {flags} (as conversations)")
+        next_commands.append(f"{sft_raw} (as conversations)")
     if is_remote(data):  # which the preparations do not read
         next_commands[:] = [c for c in next_commands if not c.startswith("python data_tools/")]
         next_commands.append("download it, and doctor --data FOLDER says what else can be done")

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mini_llm.command_line import UsageError
+
 from ..inference.ends import is_chat_model
-from .arguments import MAX_EVAL_ROWS, Flags, UsageError, parse_flags
+from .arguments import MAX_EVAL_ROWS, Flags, parse_flags
 from .checkpoint import (
     Checkpoint,
     find_checkpoint,

@@ -5,7 +5,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from mini_llm.command_line import RaisingParser, UsageError
 
 PARTS = ("held_out", "tasks")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -22,10 +24,6 @@ multiple-choice questions through lm-eval.
 
 Everything goes to results.json and perplexity_by_length.png in RUN/evaluation, where the run's
 report.html and model card find it."""
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence with the flag and the fix."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,6 @@ class Flags:
     seed: int
     skip: str | None
     output_dir: Path | None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def _number(least: int) -> Any:
@@ -95,11 +88,10 @@ def _names(text: str) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The flags, each with its help."""
-    made = _Parser(
+    made = RaisingParser(
         prog="./launch.sh evaluate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "checkpoint",

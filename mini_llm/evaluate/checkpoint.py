@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .arguments import UsageError
+from mini_llm.command_line import UsageError
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,13 @@ def _short(path: Path) -> str:
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The config of the model. Raises UsageError where there is none, here or on the hub."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
     try:
+        if not Path(checkpoint.where).is_dir():
+            # Asks a hub that is out of reach once; AutoConfig asks six times, and says so.
+            snapshot_download(checkpoint.where, allow_patterns="config.json")
         return AutoConfig.from_pretrained(checkpoint.where)
     except (OSError, ValueError) as error:
         raise UsageError(_not_there(checkpoint, error)) from None

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from mini_llm.command_line import UsageError
+
 from . import questions
-from .arguments import UsageError
 
 BUNDLED = ("mini_choice", "mini_choice_text")
 TEXT = "_text"

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mini_llm.command_line import UsageError
 from mini_llm.data.packed_stream import Row
 from mini_llm.data.stream import HeldOut
-
-from .arguments import UsageError
 
 FIELD = "text"
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mini_llm.command_line import Parser
 from mini_llm.parallel import watchdog
 
 from .gguf import DEFAULT_DTYPE, DTYPES, export_gguf
@@ -14,7 +15,7 @@ DIRECTORY = "a run's folder, its final/, or one of its checkpoints/step-N"
 
 def main(command_line: list[str] | None = None) -> None:
     """Run a command; ends with status 2 and one sentence where it cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m mini_llm.hub", description=__doc__)
+    parser = Parser(prog="python -m mini_llm.hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = "push a model with its tokenizer and a model card to the Hugging Face hub"
     pushing = commands.add_parser("push", help=about, description=about)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig
@@ -22,14 +23,25 @@ def save_stock_checkpoint(
     Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes.
     """
     state_dict = stock_state_dict(accelerator, model)
-    if not accelerator.is_main_process:
-        return
-    unwrapped: Any = accelerator.unwrap_model(model)
-    if unwrapped.config.tie_word_embeddings:
-        # DeepSpeed's copies no longer share memory: save_pretrained would write the weight twice.
-        for tied_key in unwrapped._tied_weights_keys:
+    if accelerator.is_main_process:
+        write_stock_checkpoint(accelerator.unwrap_model(model), tokenizer, state_dict, folder)
+
+
+def write_stock_checkpoint(
+    model: Any, tokenizer: Any, state_dict: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """The same from a ``state_dict`` that :func:`stock_state_dict` copied; empties it.
+
+    Of ``model``, which may be training, only the config and the names are read.
+    """
+    if model.config.tie_word_embeddings:
+        # The copies no longer share memory: save_pretrained would write the weight twice.
+        for tied_key in model._tied_weights_keys:
             state_dict.pop(tied_key, None)
-    unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=True)
+    for name, value in state_dict.items():
+        state_dict[name] = value.cpu()
+    model.save_pretrained(folder, state_dict=state_dict, is_main_process=True)
+    state_dict.clear()
     tokenizer.save_pretrained(folder)
 
 

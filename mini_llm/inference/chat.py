@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mini_llm.command_line import Parser
+
 from .flags import (
     add_model_flags,
     add_sampling_flags,
@@ -84,7 +86,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch.sh chat",
         description="Talk to a model in the terminal. Commands there:\n" + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mini_llm.command_line import Parser
+
 from .flags import (
     add_model_flags,
     add_sampling_flags,
@@ -33,7 +35,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch.sh generate",
         description="Complete prompts, or answer them where the model is a chat model.",
     )

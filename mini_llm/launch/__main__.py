@@ -11,6 +11,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from mini_llm.command_line import UsageError
 from mini_llm.verify.arguments import parse_flags
 from mini_llm.verify.arguments import parser as verify_parser
 
@@ -19,7 +20,8 @@ from .command import REPOSITORY, build_launch, processes_per_node
 from .devices import gpu_count
 from .fan_out import fan_out, host_commands, read_hostfile
 from .nodes import find_nodes
-from .options import HELP, Options, UsageError, check_options, parse_options
+from .options import HELP, Options, check_options, parse_options
+from .quiet import quietly
 from .supervise import USAGE_ERROR, supervise
 
 
@@ -83,7 +85,7 @@ def launch(options: Options) -> int:
             "same --nodes and --main_port, and that no firewall is between them"
         )
     return supervise(
-        ready.command,
+        lambda attempt: quietly(ready.command(attempt)),
         {**os.environ, **ready.variables},
         max_restarts=options.max_restarts,
         hint_without_ranks=hint,

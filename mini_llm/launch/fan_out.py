@@ -19,8 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from mini_llm.command_line import UsageError
+
 from .nodes import DEFAULT_PORT
-from .options import Options, UsageError
+from .options import Options
 from .supervise import end_with_parent
 
 # What a node gets from here of the environment. No tokens, and never all of it.

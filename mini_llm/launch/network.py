@@ -7,7 +7,7 @@ import socket
 
 import psutil
 
-from .options import UsageError
+from mini_llm.command_line import UsageError
 
 # Of a network that exists on paper only (RFC 5737): the route to it is the default route.
 SOMEWHERE = "203.0.113.1"

@@ -5,8 +5,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mini_llm.command_line import UsageError
+
 from . import network
-from .options import Options, UsageError
+from .options import Options
 from .rendezvous import Registration, meet
 
 # torchrun's own default. Fixed, because every node must know it without asking.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mini_llm.command_line import UsageError
+
 DEFAULT_CONFIG = "accelerate_configs/zero1.yaml"
 # A node that failed waits here for the others, which may hang until the watchdog ends them
 # (--ddp_timeout, 600 s), and then takes some seconds to start.
@@ -39,10 +41,6 @@ Several nodes, by one of these
 
 All other flags go to the recipe:
 """
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence with the flag and the fix."""
 
 
 @dataclass

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import UsageError
+from mini_llm.command_line import UsageError
 
 LOOK_SECONDS = 1.0
 

@@ -146,42 +146,45 @@ def pretrained_folder(model: str, *, flag: str = "--model") -> Path:
             "pretraining run (recipes/pretrain.py), or a hub id"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Their own texts are paragraphs of advice for programmers.
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "it has no such model, or shows it to others alone"
+        elif isinstance(error, LocalEntryNotFoundError):
+            reason = "it is not cached, and the hub cannot be asked"
+        else:
+            reason = " ".join(str(error).split())
         raise ValueError(
-            f"{flag}: {model} is no local folder and cannot be had from the hub "
-            f"({' '.join(str(error).split())}); check the name, HF_ENDPOINT and, for a private "
-            "model, HF_TOKEN"
+            f"{flag}: {model} is no local folder and cannot be had from the hub ({reason}); check "
+            "the name, HF_ENDPOINT and, for a private model, HF_TOKEN"
         ) from error
 
 
-def check_model(model: str, vocab_size: int) -> None:
-    """Refuse, before anything is built, a ``--model`` that cannot train with this tokenizer.
+def check_model(model: str) -> None:
+    """Refuse, before anything is built, a ``--model`` that cannot train.
 
-    Raises ValueError for what is neither a preset nor a checkpoint, for a checkpoint of another
-    architecture, and for one whose vocabulary is not the tokenizer's.
+    Raises ValueError for what is neither a preset nor a checkpoint, and for a checkpoint of another
+    architecture.
     """
     from difflib import get_close_matches
 
     if model in list_models():
         return
     if is_checkpoint(model):
-        from transformers import PreTrainedConfig
-
-        fields, _ = PreTrainedConfig.get_config_dict(model)
-        if fields.get("model_type") not in ARCHITECTURES:
+        model_type = _config_fields(model).get("model_type")
+        if model_type not in ARCHITECTURES:
             raise ValueError(
-                f"--model: {model} holds model_type {fields.get('model_type')!r}; mini_llm trains "
+                f"--model: {model} holds model_type {model_type!r}; mini_llm trains "
                 f"{sorted(ARCHITECTURES)}"
-            )
-        if fields.get("vocab_size") != vocab_size:
-            raise ValueError(
-                f"--tokenizer has {vocab_size} entries but --model {model} has "
-                f"{fields.get('vocab_size')}; give the tokenizer that the checkpoint came with"
             )
         return
     near = get_close_matches(model, list_models(), n=1, cutoff=0.4)
@@ -190,3 +193,22 @@ def check_model(model: str, vocab_size: int) -> None:
         f"--model: {model!r} is neither a preset nor a folder with a config.json; {hint}"
         f"the presets are {', '.join(list_models())}"
     )
+
+
+def check_vocabulary(model: str, size: int) -> None:
+    """Refuse a checkpoint ``model`` with another vocabulary than the tokenizer's. ValueError."""
+    if not is_checkpoint(model):
+        return
+    theirs = _config_fields(model).get("vocab_size")
+    if theirs != size:
+        raise ValueError(
+            f"--tokenizer has {size} entries but --model {model} has {theirs}; give the tokenizer "
+            "that the checkpoint came with"
+        )
+
+
+def _config_fields(checkpoint: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    return fields

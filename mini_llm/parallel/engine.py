@@ -24,6 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from mini_llm.launch.note import FINISHED, write_note
 
+from .clipping import clips_in_its_kernel, global_norm, take_over, tell
 from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
 from .expert_parallel import check_expert_parallel
 from .held_bytes import optimizer_tensors
@@ -180,6 +181,8 @@ def fill_deepspeed_config(
     if expert_parallel_size > 1 and stage == 1:
         # Without it deepspeed 0.19.8 divides the gradients of spread experts by too few ranks.
         filled["zero_optimization"]["contiguous_gradients"] = True
+    # Its own timer would have the host wait for the device twice a step.
+    filled.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     _refuse_auto(filled)
     return filled
 
@@ -298,46 +301,36 @@ def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor) -> 
         loss.backward()
 
 
-def optimizer_step(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float
-) -> torch.Tensor | float:
+def optimizer_step(model: nn.Module, optimizer: Any, max_grad_norm: float) -> torch.Tensor | float:
     """Clip to the global norm ``max_grad_norm`` (0: do not), update, clear; return the norm before.
 
     The norm is over all parameters and ranks, of the step's whole gradient. Where it is not finite,
-    nothing is updated: DeepSpeed's ZeRO-1 to 3 look at it themselves, and return inf; elsewhere the
-    fused optimizer's kernel does, and the host waits for the norm only where it is another one.
+    nothing is updated. The fused optimizer's kernel does both (clipping.py), so the host does not
+    wait for the norm; it does under ZeRO-3 and with offload, where DeepSpeed does both itself, and
+    for an optimizer that is not fused.
     """
     beat("optimizer step")
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
-    if not is_deepspeed(model):
-        norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), limit)
-        if _may_step(optimizer, norm):
-            optimizer.step()
-        optimizer.zero_grad()
-        return norm
-    if model.zero_optimization_stage() > 0:  # type: ignore[operator]
+    stage = model.zero_optimization_stage() if is_deepspeed(model) else 0  # type: ignore[operator]
+    if stage > 0:
+        take_over(model.optimizer, limit)
         model.step()  # type: ignore[operator]
         return model.get_global_grad_norm()  # type: ignore[operator]
-    norm = nn.utils.clip_grad_norm_(model.module.parameters(), limit)  # type: ignore[union-attr]
-    if _may_step(optimizer, norm):
-        model.step()  # type: ignore[operator]
+    kernel = optimizer
+    while hasattr(kernel, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
+        kernel = kernel.optimizer
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if clips_in_its_kernel(kernel):
+        norm = global_norm([p.grad for p in parameters])  # type: ignore[misc]
+        tell(kernel, norm, limit)
+        may_step = True
     else:
-        model.zero_grad()
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        may_step = bool(norm.isfinite())
+    if may_step:
+        (model if is_deepspeed(model) else optimizer).step()  # type: ignore[operator]
+    model.zero_grad()
     return norm
-
-
-def _may_step(optimizer: Any, norm: torch.Tensor) -> bool:
-    """Whether to call the optimizer's step: False for a bad ``norm``, if only the host can know.
-
-    The fused AdamW is called in any case, and told to change nothing, moments included, by what
-    torch has for its own gradient scaler: a flag on the device that the kernel looks at.
-    """
-    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return bool(norm.isfinite())
-    optimizer.found_inf = (~norm.isfinite()).float()
-    return True
 
 
 def leave(accelerator: Accelerator) -> NoReturn:

@@ -26,6 +26,7 @@ from torch import nn
 
 from .engine import zero_stage
 from .expert_parallel import expert_parallel_size, expert_shapes
+from .snapshot import Snapshot
 
 TAG = "pytorch_model"  # the folder in which Accelerate has DeepSpeed save
 WAITING_SECONDS = 0.2
@@ -60,10 +61,14 @@ def describe_engine(accelerator: Accelerator, model: nn.Module) -> dict[str, Any
     }
 
 
-def save_engine_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write weights, optimizer and random states to ``folder``; every rank calls it."""
-    # Pickled torch files: safetensors would drop one of two tied weights.
-    accelerator.save_state(str(folder), safe_serialization=False)
+def save_engine_state(accelerator: Accelerator, folder: Path, snapshot: Snapshot) -> None:
+    """Let ``snapshot`` hold weights, optimizer and random states as they are to be in ``folder``.
+
+    A collective. The folder is made here, and the few lines that DeepSpeed writes beside them.
+    """
+    with snapshot.taking_saves():
+        # Pickled torch files: safetensors would drop one of two tied weights.
+        accelerator.save_state(str(folder), safe_serialization=False)
 
 
 def load_engine_state(

@@ -4,13 +4,19 @@
 ``spread_experts.py``, which alone needs DeepSpeed.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .snapshot import to_host
+
 if TYPE_CHECKING:
     from .spread_experts import Wire
+
+Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_spread(module: nn.Module) -> bool:
@@ -134,8 +140,8 @@ def expert_parallel_size(model: nn.Module) -> int:
     return sizes[0] if sizes else 1
 
 
-def gather_experts(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """All experts' weights under their stock names, on rank 0's host; None on other ranks.
+def gather_experts(model: nn.Module, copy: Copy) -> dict[str, torch.Tensor]:
+    """All experts' weights under their stock names, as rank 0 copies them; {} on other ranks.
 
     ``{"….experts.gate_up_proj": (E, 2F, D), "….experts.down_proj": (E, D, F), …}``. A collective of
     all ranks, under any ZeRO stage.
@@ -154,18 +160,22 @@ def gather_experts(model: nn.Module) -> dict[str, torch.Tensor] | None:
             for weight in (local.w1, local.w2, local.w3):
                 received = [torch.empty_like(weight) for _ in range(module.ep_size)]
                 dist.all_gather(received, weight.detach().contiguous(), group=module.ep_group)
-                parts.append(torch.cat(received) if is_main else None)
+                if is_main:
+                    parts.append(torch.cat(received))
         if is_main:
-            gate, down, up = (part.cpu() for part in parts)  # type: ignore[union-attr]
-            whole[f"{name}.gate_up_proj"] = torch.cat([gate, up], dim=1)
-            whole[f"{name}.down_proj"] = down
-    return whole if is_main else None
+            gate, down, up = parts
+            whole[f"{name}.gate_up_proj"] = copy(torch.cat([gate, up], dim=1))
+            whole[f"{name}.down_proj"] = copy(down)
+    return whole
 
 
-def stock_state_dict(accelerator: Any, model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights and buffers under their stock names, on rank 0 (what others get is not whole).
+def stock_state_dict(
+    accelerator: Any, model: nn.Module, copy: Copy = to_host
+) -> dict[str, torch.Tensor]:
+    """Copies of all weights and buffers under their stock names on rank 0; {} on other ranks.
 
-    A collective of all ranks, under any engine, with spread experts or without.
+    A collective of all ranks, under any engine, with spread experts or without. ``copy`` is called
+    on rank 0 for each of them.
     """
     unwrapped = accelerator.unwrap_model(model)
     spread = {
@@ -174,20 +184,27 @@ def stock_state_dict(accelerator: Any, model: nn.Module) -> dict[str, torch.Tens
         if is_spread(module)
         for weight in ("w1", "w2", "w3")
     }
-    if not spread:
-        state: dict[str, torch.Tensor] = accelerator.get_state_dict(model)
-        return state
-    import deepspeed
-
-    # DeepSpeed 0.19.8 gives rank 0's experts alone at ZeRO-1 and 2, silently, and raises at ZeRO-3.
+    # Accelerate's own way brings everything to the host at once. And with spread experts DeepSpeed
+    # 0.19.8 gives rank 0's alone at ZeRO-1 and 2, silently, and raises at ZeRO-3.
     state = {}
     parameters = dict(unwrapped.named_parameters(remove_duplicate=False))
     for name, value in unwrapped.state_dict().items():
         if name in spread:
             continue
-        parameter = parameters.get(name)
-        with deepspeed.zero.GatheredParameters([] if parameter is None else [parameter]):
+        whole = parameters.get(name, value)  # of a weight that ZeRO-3 has split, value is empty
+        with _gathered(whole):
             if accelerator.is_main_process:
-                whole = value if parameter is None else parameter
-                state[name] = whole.detach().to("cpu", copy=True)
-    return state | (gather_experts(unwrapped) or {})
+                state[name] = copy(whole)
+    return state | (gather_experts(unwrapped, copy) if spread else {})
+
+
+def _gathered(parameter: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, a parameter that ZeRO-3 has split is whole on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [parameter]
+    )
+    return gathered

@@ -275,10 +275,11 @@ def _tokens(model: ModelShape, step: StepShape) -> list[Traffic]:
 
 
 def _bookkeeping(model: ModelShape, step: StepShape) -> list[Traffic]:
-    """Some hundred bytes: the step's counts, its norms, whether it overflowed, experts' load."""
+    """Some hundred bytes: the step's counts, its norms, experts' load."""
     N, size = step.world_size, step.expert_parallel_size
     data = N // size
-    counted = 3 * 4 + sum(8 * E for E, _, _ in model.experts)  # targets and wishes; expert load
+    # Targets, wishes and how far a save is; expert load.
+    counted = 5 * 4 + sum(8 * E for E, _, _ in model.experts)
     if step.engine in ("ddp", "zero0"):
         return [Traffic(BOOKKEEPING, "all_reduce", N, counted)]
     if step.engine == "zero3":  # float64, one for each group
@@ -287,7 +288,7 @@ def _bookkeeping(model: ModelShape, step: StepShape) -> list[Traffic]:
             found.append(Traffic(BOOKKEEPING, "all_reduce", data, 8, stride=size))
             found.append(Traffic(BOOKKEEPING, "all_reduce", size, 8))
         return found
-    norms = (3 if size > 1 else 2) * 4 + (1 if step.bf16 else 0)
+    norms = (3 if size > 1 else 2) * 4
     found = [Traffic(BOOKKEEPING, "all_reduce", N, counted + norms)]
     if size > 1:
         found.append(Traffic(BOOKKEEPING, "all_reduce", data, 4, stride=size))

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mini_llm.command_line import Parser
+
 from . import draw_comparison, draw_run, told
 from .report import report, write_comparison
 from .runs import PlotError, common_parent, read_runs
@@ -19,7 +21,7 @@ from .runs import PlotError, common_parent, read_runs
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Command-line entry; returns the exit status, 2 after one sentence about a mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini_llm.plots",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from mini_llm.command_line import Parser
 from mini_llm.launch.note import REFUSED, write_note
 from mini_llm.parallel.rank_log import note
 
@@ -26,6 +27,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_FOR_RANK_0 = 5
 DEFAULT_DEEPSPEED = "ds_configs/zero1.json"
 SCHEDULES = ("cosine", "wsd", "constant")
+MAPPINGS = {  # examples of the arguments that are mappings
+    "data": '{"web": {"path": "data/packed", "weight": 1.0}}',
+    "model_overrides": '{"num_hidden_layers": 4}',
+}
 BIAS_SPEED_HELP = "change of a router bias per optimizer step, towards equal load (DeepSeek-V3's γ)"
 
 
@@ -259,7 +264,6 @@ def parse_arguments(
     """
     types = get_type_hints(cls)
     parser = _Parser(
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description=(cls.__doc__ or "").strip(),
         epilog="Every flag is also a key of the YAML; the command line wins.",
@@ -306,8 +310,8 @@ def parse_arguments(
     return cls(**values)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse without the usage dump: the sentence alone, from rank 0 alone."""
+class _Parser(Parser):
+    """The sentence from rank 0 alone."""
 
     def error(self, message: str) -> NoReturn:
         stop(message)
@@ -379,7 +383,7 @@ def _convert(value: Any, annotation: Any, name: str, parser: _Parser) -> Any:
     except (KeyError, ValueError, TypeError):
         expected = {
             bool: "true or false",
-            dict: 'a mapping, e.g. {"key": 1}',
+            dict: f"a mapping, e.g. {MAPPINGS.get(name.split()[-1].lstrip('-'))}",
             list: 'a list, e.g. ["a", "b"]',
             int: "a whole number",
             float: "a number",
@@ -399,7 +403,7 @@ def steps_of_epochs(args: SftArguments, rows_per_epoch: int | None) -> int:
     if rows_per_epoch is None:
         raise ValueError(
             "--num_train_epochs: raw conversations are not counted before they are packed; give "
-            "--max_steps, or pack them with data_tools/prepare_sft.py"
+            "--num_train_epochs 0 and --max_steps, or pack them with data_tools/prepare_sft.py"
         )
     return math.ceil(args.num_train_epochs * rows_per_epoch / args.rows_per_step())
 

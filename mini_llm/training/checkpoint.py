@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or absent, and resuming from the newest whole one.
+"""Checkpoints that are complete or absent: which there are, and resuming from the newest whole one.
 
 ``checkpoints/step-N/`` holds ``engine/`` (what Accelerate and DeepSpeed need to continue: weights,
 optimizer, random states), ``model/`` (the same weights as a stock transformers directory),
 ``state.json`` (step, stream state, format version) and ``files.json`` (checksums of them all).
+saving.py writes them.
 """
 
 import json
@@ -18,99 +19,31 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from mini_llm.data.stream import RowStream
-from mini_llm.hub.export import save_stock_checkpoint
-from mini_llm.parallel.engine_state import load_engine_state, save_engine_state
-from mini_llm.parallel.watchdog import beat
+from mini_llm.parallel.engine_state import load_engine_state
 
-from .checkpoint_files import (
-    DamagedCheckpointError,
-    check_files,
-    check_pickles,
-    flush_directory,
-    is_complete,
-    write_file_list,
-)
+from .checkpoint_files import DamagedCheckpointError, check_files, check_pickles, is_complete
 
 FORMAT_VERSION = 2
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    model: nn.Module,
-    tokenizer: Any,
-    output_dir: Path,
-    *,
-    step: int,
-    state: dict[str, Any],
-    total_limit: int,
-    milestone_steps: int = 0,
-    eval_loss: float | None = None,
-) -> Path:
-    """Write ``checkpoints/step-<step>`` from all ranks, then remove what need not be kept.
-
-    Everything is written under another name, listed with checksums and flushed to disk; only then
-    the folder gets its own. ``state`` goes into state.json, and so does ``eval_loss``, the mean
-    held-out loss at this step. Kept are the newest ``total_limit`` checkpoints, the one with the
-    lowest ``eval_loss``, and every multiple of ``milestone_steps`` (0: none). Raises OSError when
-    it cannot be written; the checkpoints before are untouched then.
-    """
-    beat("saving a checkpoint")
-    folder = output_dir / "checkpoints"
-    complete, aside = folder / f"step-{step}", folder / f".step-{step}{_PARTIAL}"
-    try:
-        if accelerator.is_main_process:
-            remove_leftovers(output_dir)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        save_engine_state(accelerator, aside / "engine")
-        beat()
-        save_stock_checkpoint(accelerator, model, tokenizer, aside / "model")
-        if accelerator.is_main_process:
-            content = {"format_version": FORMAT_VERSION, "step": step, "eval_loss": eval_loss}
-            (aside / "state.json").write_text(json.dumps(content | state, indent=2) + "\n")
-        accelerator.wait_for_everyone()
-        beat()
-        if accelerator.is_main_process:
-            write_file_list(aside)
-            if complete.exists():
-                _remove(complete)
-            aside.rename(complete)
-            flush_directory(folder)
-    except Exception as error:
-        raise _not_written(error, aside, step) from error
-    if accelerator.is_main_process:
-        for old in _superseded(list_checkpoints(output_dir), step, total_limit, milestone_steps):
-            _remove(old)
-    accelerator.wait_for_everyone()
-    return complete
-
-
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; if the run is killed meanwhile, what is left does not look like one."""
-    leftover = checkpoint.with_name(f".{checkpoint.name}-removed{_PARTIAL}")
+    leftover = checkpoint.with_name(f".{checkpoint.name}-removed{PARTIAL}")
     shutil.rmtree(leftover, ignore_errors=True)
     checkpoint.rename(leftover)
     shutil.rmtree(leftover)
 
 
-def _not_written(error: Exception, aside: Path, step: int) -> OSError:
-    """The sentence for a save that failed; removes what it left, which may have filled the disk."""
-    free = shutil.disk_usage(aside.parent if aside.parent.exists() else Path.cwd()).free
-    shutil.rmtree(aside, ignore_errors=True)
-    why = " ".join(str(error).split())
-    return OSError(
-        f"the checkpoint of step {step} could not be written to {aside.parent} ({why}); "
-        f"{free / 2**30:.2f} GiB were free on its disk; earlier checkpoints are whole: mend it and "
-        "run the same command again"
-    )
-
-
-def _superseded(
+def superseded(
     checkpoints: list[Path], step: int, total_limit: int, milestone_steps: int
 ) -> list[Path]:
-    """Which checkpoints to remove after a save at ``step``, oldest first."""
+    """Which of a run's ``checkpoints`` need not be kept after a save at ``step``.
+
+    Kept are the newest ``total_limit``, the one with the lowest held-out loss, and every multiple
+    of ``milestone_steps`` (0: none).
+    """
     # What lies after this step was damaged, or the run would have gone on from there.
     later = [path for path in checkpoints if _step_of(path) > step]
     rest = [path for path in checkpoints if _step_of(path) <= step]
@@ -134,7 +67,7 @@ def _eval_loss_of(checkpoint: Path) -> float | None:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a run that was killed while saving left; rank 0, holding the folder's lock."""
-    for leftover in (output_dir / "checkpoints").glob(f".step-*{_PARTIAL}"):
+    for leftover in (output_dir / "checkpoints").glob(f".step-*{PARTIAL}"):
         shutil.rmtree(leftover)
 
 

@@ -27,9 +27,9 @@ class Interruption:
 
         interruption = Interruption(max_hours=…, save_minutes=…)
         for step in …:
-            sums = all_reduce([num_targets, *interruption.wishes()])
+            sums = all_reduce([num_targets, *interruption.wishes(), …])
             …
-            interruption.agree(sums[1:])
+            interruption.agree(sums[1:3])
             if interruption.save_now or interruption.stop_now: …
         interruption.close()  # the signals mean what they meant before
     """
@@ -77,7 +77,7 @@ class Interruption:
         self.save_now = save > 0
 
     def saved(self) -> None:
-        """A checkpoint was written: the time to the next one begins now."""
+        """A checkpoint was begun: the time to the next one counts from now."""
         self._saved = time.monotonic()
         self.save_now = False
         # A wish that was summed before the save is fulfilled by it.

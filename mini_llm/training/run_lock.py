@@ -30,8 +30,17 @@ class RunLock:
         self._files: list[IO[str]] = []
 
     def take(self, rank: int) -> None:
-        """Take the folder for this run; ValueError when another run still has it after a minute."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Take the folder for this run.
+
+        Raises ValueError when it cannot be made, or another run still has it after a minute.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {self._folder} cannot be made ({error.strerror}); name a folder on "
+                "a disk that can be written to"
+            ) from error
         if rank != 0:
             # Else this rank might look for checkpoints while the run before still saves one.
             reason = "rank 0 has not taken it; ranks on several nodes need one that all nodes share"

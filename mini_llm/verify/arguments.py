@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from mini_llm.launch.options import DEFAULT_CONFIG, Options, UsageError
+from mini_llm.command_line import RaisingParser, UsageError
+from mini_llm.launch.options import DEFAULT_CONFIG, Options
 
 PARTS = ("preflight", "equivalence")
 
@@ -19,14 +19,9 @@ class VerifyFlags:
     skip: str | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parser() -> argparse.ArgumentParser:
     """Takes the flags that the launcher left over; UsageError for what it does not know."""
-    made = _Parser(prog="", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    made = RaisingParser(prog="", usage=argparse.SUPPRESS, add_help=False)
     made.add_argument(
         "--output_dir",
         type=Path,

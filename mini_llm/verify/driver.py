@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mini_llm.command_line import UsageError
 from mini_llm.doctor import LAUNCHER_SPEAKS, wait_or_kill
 from mini_llm.launch import network
 from mini_llm.launch.command import REPOSITORY, Launch, build_launch
 from mini_llm.launch.devices import gpu_count
 from mini_llm.launch.nodes import Nodes
-from mini_llm.launch.options import DEFAULT_CONFIG, Options, UsageError
+from mini_llm.launch.options import DEFAULT_CONFIG, Options
 from mini_llm.launch.supervise import end_with_parent
 
 from .arguments import VerifyFlags, parse_flags

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
+from mini_llm.command_line import UsageError
 from mini_llm.launch.nodes import Nodes
-from mini_llm.launch.options import UsageError
 
 FAREWELL_SECONDS = 20.0
 ANSWER_SECONDS = 60.0  # of the store, once it is there

@@ -70,7 +70,7 @@ def main() -> None:
         for _ in range(STEPS):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             engine.backward(accelerator, model, loss)
-            norm = engine.optimizer_step(accelerator, model, optimizer, 1.0)
+            norm = engine.optimizer_step(model, optimizer, 1.0)
             load = take_expert_load(model)
 
     def time_and_log() -> None:

@@ -120,7 +120,7 @@ def compute(item: dict[str, Any]) -> None:
                 {"gradients": gradients, "targets": float(targets), "passes": len(tensors)},
                 out / f"{way}.pt",
             )
-        engine.optimizer_step(accelerator, model, optimizer, 0.0)
+        engine.optimizer_step(model, optimizer, 0.0)
     accelerator.wait_for_everyone()
 
 

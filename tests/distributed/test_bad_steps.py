@@ -49,20 +49,22 @@ def run(
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "bf16"),
     [
-        "zero1",
-        pytest.param("ddp", marks=pytest.mark.slow),
-        pytest.param("zero0", marks=pytest.mark.slow),
-        pytest.param("zero2", marks=pytest.mark.slow),
-        pytest.param("zero3", marks=pytest.mark.slow),
+        ("zero1", "false"),
+        pytest.param("zero1", "true", marks=pytest.mark.slow),  # only the kernel looks at the norm
+        pytest.param("ddp", "false", marks=pytest.mark.slow),
+        pytest.param("zero0", "false", marks=pytest.mark.slow),
+        pytest.param("zero2", "false", marks=pytest.mark.slow),
+        pytest.param("zero2", "true", marks=pytest.mark.slow),
+        pytest.param("zero3", "false", marks=pytest.mark.slow),
     ],
 )
-def test_skipped_step_changes_no_weight_and_is_counted(tiny_data, tmp_path, config):
+def test_skipped_step_changes_no_weight_and_is_counted(tiny_data, tmp_path, config, bf16):
     output = run(
         tiny_data,
         *(tmp_path / "run", config, "nan", "--bad_step_policy", "skip"),
-        *("--save_steps", "1", "--save_total_limit", "20"),
+        *("--save_steps", "1", "--save_total_limit", "20", "--bf16", bf16),
     )
     assert output.endswith("status 0"), output
     assert f"step {BAD_STEP} went wrong: its gradient norm is" in output

@@ -7,7 +7,7 @@ the engine that it should be. All runs of an engine share a launch (see several_
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -97,9 +97,10 @@ BF16 = [Run(engine, LLAMA, bf16=True) for engine in ("single", "zero1", "zero2",
 BF16_OTHERS = [
     Run(engine, model, accumulation=1, bf16=True) for engine in BF16_ENGINES for model in MODELS
 ]
-# Against fp32, relative, over 20 steps. Measured over all engines and models: 1.6e-3 and 4.6e-2,
-# of one process in bf16 6.9e-4 and 2.6e-2 (it rounds no weights, DeepSpeed keeps them in bf16).
-BF16_TOLERANCE = {"train/loss": 3e-3, "train/grad_norm": 7e-2}
+# Against fp32, relative: the largest difference of all steps, and the median. Measured over all
+# engines and models: losses 1.7e-3 and 4.6e-4, norms 6.3e-2 (at a step where it jumps, the next is
+# 2.9e-2) and 6.4e-3. One process rounds no weights, DeepSpeed keeps them in bf16.
+BF16_TOLERANCE = {"train/loss": (3e-3, 1e-3), "train/grad_norm": (1e-1, 1.5e-2)}
 COMPILED = [Run("zero2", m, accumulation=1, torch_compile=True) for m in (LLAMA, QWEN)]
 
 
@@ -257,6 +258,15 @@ def assert_close(run: Path, reference: dict[str, list[float]], rtol: float) -> N
         np.testing.assert_allclose(ours, expected, rtol=rtol, err_msg=key)
 
 
+def assert_near_in_bf16(run: Path, reference: Mapping[str, list[float]]) -> None:
+    """Losses and norms are those of fp32 but for the rounding, which fp32 itself does not have."""
+    for key, (largest, median) in BF16_TOLERANCE.items():
+        found, expected = np.array(series(run, key)), np.array(reference[key])
+        differences = np.abs(found / expected - 1)
+        assert differences.max() <= largest, f"{key}: {differences}"
+        assert 1e-6 < np.median(differences) <= median, f"{key}: {differences}"
+
+
 def assert_is_the_engine(run: Run, folder: Path) -> None:
     """run.json says so, from the objects that trained."""
     found = facts(folder)
@@ -318,10 +328,7 @@ def test_gradient_checkpointing_changes_no_bit_of_losses_and_norms(engine, folde
 def test_bf16_stays_near_the_losses_of_fp32(run, folder_of, reference_of):
     folder, reference = folder_of(run), reference_of(run.model)
     assert_is_the_engine(run, folder)
-    for key, tolerance in BF16_TOLERANCE.items():
-        found = series(folder, key)
-        np.testing.assert_allclose(found, reference[key], rtol=tolerance, err_msg=key)
-        assert found != reference[key]  # else it would not be bf16
+    assert_near_in_bf16(folder, reference)
     held = facts(folder)["bytes_per_rank"]
     # A bf16 weight, and the optimizer's fp32 one with two moments on half of the ranks; without
     # DeepSpeed the weights themselves are fp32, with two moments.

@@ -23,11 +23,14 @@ from mini_llm.data import collate, open_validation
 from mini_llm.training.balancing import find_routers
 from mini_llm.training.sizes import GIB, count_parameters, memory_per_rank
 from tests.conftest import TINY_MODELS, TinyConversations, TinyData
-from tests.distributed.test_engines import BF16_TOLERANCE
+from tests.distributed.test_engines import assert_near_in_bf16
 from tests.launching import SFT_RUN, TINY_RUN, facts, launch_several, metrics, series
 
 STEPS = 30  # with 16 rows of 64 tokens each
 _, DEEPSEEK, QWEN = TINY_MODELS
+# At 3e-3, what was rounding grows to 1.3e-6 of a norm of QWEN in 20 steps, and to 0.7e-6 of one of
+# DEEPSEEK in 30 with kernels for any CPU.
+SCHEDULE = ("--max_steps", str(STEPS), "--learning_rate", "1e-3")
 SPREAD_2 = ("--expert_parallel_size", "2")
 CHECKPOINTED = ("--gradient_checkpointing", "true")
 PLAIN = ("--deepspeed", "none", "--per_device_train_batch_size", "8")  # else 4: always 2 batches
@@ -112,9 +115,7 @@ def run_of(tiny_data: TinyData, starved_model: Path, folder: Path) -> Callable[[
         model = next((model for model in TINY_MODELS if model in name), DEEPSEEK)
         base = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(folder / name), "--model", model]
         base += ["--model_overrides", json.dumps(TINY_MODELS[model])]
-        base += ["--max_steps", str(STEPS), *more]
-        if model == QWEN:  # at 3e-3, what was rounding grows to 1.3e-6 of a norm in 20 steps
-            base += ["--learning_rate", "1e-3"]
+        base += [*SCHEDULE, *more]
         return [*base, "--model", str(starved_model), *STARVED] if "starved" in name else base
 
     @cache
@@ -270,13 +271,11 @@ def test_in_bf16_spread_experts_stay_as_near_to_fp32_as_whole_ones_do(run_of):
     held = facts(spread)["bytes_per_rank"]
     assert held["expert_parameters"] == [expert_bytes(spread) // 4] * 2
     assert held["expert_gradients"] == [expert_bytes(spread) // 2] * 2
-    reference = run_of(f"single-{DEEPSEEK}")
-    for key, tolerance in BF16_TOLERANCE.items():
-        for run in (spread, whole):
-            found = series(run, key)
-            assert len(found) == STEPS
-            np.testing.assert_allclose(found, series(reference, key), rtol=tolerance, err_msg=key)
-            assert found != series(reference, key)
+    single = run_of(f"single-{DEEPSEEK}")
+    reference = {key: series(single, key) for key in ("train/loss", "train/grad_norm")}
+    for run in (spread, whole):
+        assert len(series(run, "train/loss")) == STEPS
+        assert_near_in_bf16(run, reference)
 
 
 def engines(run: Path) -> list[dict[str, Any]]:
@@ -389,7 +388,7 @@ def test_four_ranks_in_groups_of_two_or_four_train_as_a_single_process(
     names = {size: f"zero{stage}-4-ranks-{size}" for size in (2, 4)}
     model = ("--model", DEEPSEEK, "--model_overrides", json.dumps(TINY_MODELS[DEEPSEEK]))
     base = [*TINY_RUN, *tiny_data.flags, *model, "--per_device_train_batch_size", "2"]
-    base += ["--max_steps", str(STEPS)]
+    base += SCHEDULE
     legs = [
         [*base, "--output_dir", str(folder / name), "--expert_parallel_size", str(size)]
         for size, name in names.items()

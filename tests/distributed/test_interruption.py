@@ -26,7 +26,7 @@ from tests.launching import (
 )
 
 STEPS = 20_000  # more than any of these runs lives to see
-PATIENCE = 90.0
+PATIENCE = 300.0  # for what must come; a busy machine takes a minute to start a run
 
 
 class Run:
@@ -249,9 +249,8 @@ def test_rank_that_is_suspended_is_named_and_ends_the_job_within_the_stated_time
 @pytest.mark.slow
 def test_time_limit_saves_and_ends_with_status_0(tiny_data: TinyData, tmp_path: Path) -> None:
     flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(tmp_path / "run")]
-    done = launch(
-        *flags, "--max_steps", "100000", "--max_hours", "0.0005", "--save_minutes", "0.01"
-    )
+    # 11 s for what a second is enough for: on a busy machine the first step takes long.
+    done = launch(*flags, "--max_steps", "100000", "--max_hours", "0.003", "--save_minutes", "0.01")
     assert "the allotted time is over (--max_hours)" in done.stdout
     last = metrics(tmp_path / "run")[-1]["step"]
     steps = saved_steps(tmp_path / "run")

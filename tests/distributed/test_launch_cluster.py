@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 
-from mini_llm.parallel.environment import free_port
 from tests.conftest import TinyData
 from tests.launching import (
     REPOSITORY,
@@ -23,12 +22,13 @@ from tests.launching import (
     facts,
     launch,
     launch_environment,
+    launch_port,
     metrics,
     series,
 )
 
 STEPS = 3
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 # pdsh -S -N -R ssh -w HOST LINE
 PDSH = """#!/bin/sh
@@ -83,7 +83,7 @@ def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
             process.wait()
 
 
-def test_arguments_that_ranks_refuse_end_with_status_2_and_are_not_tried_again(
+def test_arguments_that_ranks_refuse_end_with_one_sentence_and_status_2_and_are_not_tried_again(
     machine: dict[str, str],
 ) -> None:
     words = ["./launch.sh", "pretrain", "--procs_per_node", "2", "--max_restarts", "3"]
@@ -96,8 +96,8 @@ def test_arguments_that_ranks_refuse_end_with_status_2_and_are_not_tried_again(
         timeout=PATIENCE,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: " in done.stderr and "--max_stepz" in done.stderr
-    assert "restart" not in done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: unknown flag --max_stepz"), done.stderr
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_hostfile_trains_on_its_hosts_as_on_one_node_and_shows_who_says_what(
         [
             *("./launch.sh", "pretrain", "--hostfile", str(tmp_path / "hosts")),
             *("--config_file", "accelerate_configs/zero2.yaml", "--main_ip", "127.0.0.1"),
-            *("--main_port", str(free_port())),
+            *("--main_port", str(launch_port())),
             *(*flags, "--output_dir", str(tmp_path / "run")),
         ],
         cwd=REPOSITORY,
@@ -141,7 +141,7 @@ def test_a_slurm_job_saves_before_its_time_limit_is_requeued_and_finishes(
 ) -> None:
     run = tmp_path / "run"
     job = {
-        **{"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NUM_NODES": "2", "OUTPUT_DIR": str(run)},
+        **{"SLURM_JOB_ID": str(launch_port()), "SLURM_JOB_NUM_NODES": "2", "OUTPUT_DIR": str(run)},
         **{
             "SLURM_JOB_NODELIST": "made-up[1-2]",
             "CONFIG": "recipes/configs/quickstart/pretrain.yaml",
@@ -150,7 +150,7 @@ def test_a_slurm_job_saves_before_its_time_limit_is_requeued_and_finishes(
 
     def sbatch(max_steps: int) -> "subprocess.Popen[bytes]":
         flags = [*TINY_RUN, *tiny_data.flags, "--max_steps", str(max_steps)]
-        words = ["bash", "examples/pretrain.sbatch", "--main_port", str(free_port()), *flags]
+        words = ["bash", "examples/pretrain.sbatch", "--main_port", str(launch_port()), *flags]
         with (tmp_path / "batch.log").open("w") as log:
             started.append(
                 subprocess.Popen(
@@ -192,15 +192,17 @@ def test_nodes_of_which_one_lost_its_rank_meet_again_and_go_on(
     machine: dict[str, str],
     started: list["subprocess.Popen[bytes]"],
 ) -> None:
-    run, port = tmp_path / "run", free_port()
+    run, port = tmp_path / "run", launch_port()
+    last = 350  # so far from the checkpoint that is waited for that the rank dies before it
     for node in (0, 1):
         words = ["./launch.sh", "pretrain", "--max_restarts", "1", "--nodes", "2"]
         words += ["--node_rank", str(node), "--main_ip", "127.0.0.1", "--main_port", str(port)]
         words += [*TINY_RUN, *tiny_data.flags, "--max_steps", "400", "--save_steps", "50"]
+        words += ["--stop_at_step", str(last)]
         with (tmp_path / f"node{node}.log").open("w") as log:
             started.append(
                 subprocess.Popen(
-                    [*words, "--stop_at_step", "150", "--output_dir", str(run)],
+                    [*words, "--output_dir", str(run)],
                     cwd=REPOSITORY,
                     env=machine,
                     stdout=log,
@@ -222,4 +224,4 @@ def test_nodes_of_which_one_lost_its_rank_meet_again_and_go_on(
     for node in (0, 1):
         assert said(node).count("the run failed with status 1; restart 1 of 1 in 10 s") == 1
     assert "resumed at step " in said(0)
-    assert [step["step"] for step in metrics(run)] == list(range(1, 151))
+    assert [step["step"] for step in metrics(run)] == list(range(1, last + 1))

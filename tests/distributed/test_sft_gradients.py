@@ -10,11 +10,10 @@ import torch
 
 from mini_llm.data import IGNORE_INDEX, one_document_per_row, open_sft_stream
 from mini_llm.models import load_model
-from mini_llm.parallel.environment import free_port
 from mini_llm.training.balancing import find_routers
 from tests.conftest import TINY_MODELS, TinyConversations
 from tests.distributed.sft_gradients import MTP_WEIGHT, ROWS
-from tests.launching import REPOSITORY, launch_command, launch_environment
+from tests.launching import REPOSITORY, launch_command, launch_environment, launch_port
 
 WAYS = ("packed", "padded", "one_by_one")
 RANKS = (1, 2)
@@ -38,7 +37,7 @@ def gradients(
                     "tokenizer": str(tiny_conversations.tokenizer),
                     "seq_len": tiny_conversations.seq_len,
                     "out": str(out),
-                    "port": free_port(),
+                    "port": launch_port(),
                 }
             )
         plan = folder / f"plan-{ranks}.json"

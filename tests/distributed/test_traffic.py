@@ -211,7 +211,7 @@ def count(
 def is_bookkeeping(call: dict[str, Any]) -> bool:
     """Whether a call carries neither gradients nor weights nor tokens."""
     integers = call["type"] in ("int64", "uint8")
-    scalars = call["kind"] == "all_reduce" and call["elements"] <= 3
+    scalars = call["kind"] == "all_reduce" and call["elements"] <= 5
     return integers or scalars or call["kind"] == "broadcast"
 
 

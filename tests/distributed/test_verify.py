@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mini_llm.parallel.environment import free_port
 from mini_llm.verify.table import Row
-from tests.launching import REPOSITORY, launch_environment
+from tests.launching import REPOSITORY, launch_environment, launch_port
 from tests.two_nodes import ADDRESSES, two_nodes
 
-SECONDS = 900  # this machine may be busy with other tests
+SECONDS = 3600  # this machine may be busy with other tests
 BROKEN = [sys.executable, "tests/distributed/broken_verify.py"]
 ENGINES = [f"{engine}, fp32" for engine in ("zero1", "zero2", "zero3", "ddp", "zero0")]
 EXPERTS = [f"zero{stage}, experts over 2 ranks, fp32" for stage in (1, 2, 3)]
@@ -57,7 +56,8 @@ def test_the_preflight_of_two_ranks_measures_disk_compute_and_network(tmp_path: 
     for check, unit in units.items():
         number, found = rows[check].figure.split()
         assert float(number) > 0 and found == unit
-        assert rows[check].verdict == "ok" or check == "compute fp32"  # other tests may slow a rank
+        # Other tests may slow a rank down, and their disk may be nearly full.
+        assert rows[check].verdict == "ok" or check in ("compute fp32", "disk: free")
     assert rows["all-reduce of pairs, between nodes"].verdict == "skipped"
     assert rows["equivalence"].verdict == "skipped"
     # The table is what it ends in, and nothing is left of what was written to measure the disk.
@@ -68,7 +68,7 @@ def test_the_preflight_of_two_ranks_measures_disk_compute_and_network(tmp_path: 
 
 @pytest.mark.slow
 def test_every_engine_trains_on_two_ranks_as_one_process_does(tmp_path: Path) -> None:
-    flags = ["--procs_per_node", "2", "--max_minutes", "14", "--output_dir", str(tmp_path)]
+    flags = ["--procs_per_node", "2", "--max_minutes", "55", "--output_dir", str(tmp_path)]
     done = verify(*flags, "--skip", "preflight")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path)
@@ -126,7 +126,7 @@ def test_an_engine_that_loses_a_part_of_the_gradient_fails(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_nodes_are_verified_together_and_only_the_first_has_the_table(tmp_path: Path) -> None:
     words = ["./launch.sh", "verify", "--nodes", "2", "--main_ip", ADDRESSES[0]]
-    words += ["--main_port", str(free_port()), "--skip", "equivalence", "--procs_per_node", "2"]
+    words += ["--main_port", str(launch_port()), "--skip", "equivalence", "--procs_per_node", "2"]
     words += ["--output_dir", str(tmp_path / "out")]
     logs = [tmp_path / f"node{node}.log" for node in (0, 1)]
     with two_nodes() as nodes:

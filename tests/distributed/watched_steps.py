@@ -1,8 +1,8 @@
 """Runs of a recipe whose reads of tensors are noted: ``accelerate launch watched_steps.py FILE``.
 
-FILE is as for several_runs.py. Rank 0 writes ``watched.json`` into the run's folder: for every
-optimizer step the lines of this project that made the host wait for a tensor's value, as a GPU
-would make it; and, by a clock of its own, when each interval of the throughput was read and how
+FILE is as for several_runs.py. Each rank writes ``watched-RANK.json`` into the run's folder: for
+every optimizer step the lines of this project that made the host wait for a tensor's value, as a
+GPU would make it; and, by a clock of its own, when each interval of the throughput was read and how
 many tokens had been collated until then.
 """
 
@@ -54,9 +54,9 @@ class Watch:
                 self.reads[self.step].append(f"{where}:{frame.f_lineno} {method}")
 
     def write(self, folder: Path) -> None:
-        """``watched.json``."""
+        """``watched-RANK.json``."""
         content = {"reads": self.reads, "intervals": self.intervals}
-        (folder / "watched.json").write_text(json.dumps(content))
+        (folder / f"watched-{os.environ['RANK']}.json").write_text(json.dumps(content))
 
 
 @contextlib.contextmanager
@@ -84,8 +84,7 @@ def watched(flags: list[str]) -> Iterator[None]:
     def read_interval(self: Any) -> Any:
         watch.intervals.append((watch.step, time.monotonic(), watch.tokens))
         found = read(self)
-        if os.environ["RANK"] == "0":
-            watch.write(folder)
+        watch.write(folder)
         return found
 
     def count_tokens(rows: Any, device: Any) -> Any:

@@ -27,9 +27,9 @@ def test_all_products_of_a_bf16_run_but_the_routers_are_in_bf16(name, weights):
     if name == "mini_qwen3_next_tiny":
         assert products["bmm", torch.bfloat16] >= 3 * 8  # delta nets, forward and backward
     # A router's choice is made in fp32 (forward, and the gradients of its input and its weight);
-    # one product belongs to the gradient of a delta net's triangular solve.
+    # two products are the gradient of the inverse in a delta net.
     delta_nets = getattr(model.config, "layer_types", []).count("linear_attention")
     in_fp32 = {product: n for (product, dtype), n in products.items() if dtype == torch.float32}
-    assert in_fp32.pop("bmm", 0) <= delta_nets
+    assert in_fp32.pop("bmm", 0) <= 2 * delta_nets
     assert in_fp32.pop("mm", 0) <= 3 * routers
     assert not in_fp32

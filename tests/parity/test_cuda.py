@@ -1,5 +1,7 @@
 """What only a CUDA GPU can show: its kernels compute what the readable references compute."""
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from mini_llm.models import build_model
 from mini_llm.models.common import delta_net
 from mini_llm.models.common.loss import linear_cross_entropy, linear_cross_entropy_reference
+from mini_llm.parallel import snapshot
 from mini_llm.parallel.compile import compile_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -155,3 +158,37 @@ def test_a_training_step_on_packed_rows_makes_no_mask_of_t_by_t() -> None:
     peak = torch.cuda.max_memory_allocated() - before
     hidden = 3 * 2048 * model.config.hidden_size * 2
     assert peak < 40 * hidden, f"{peak} bytes, {peak / hidden:.0f} times the hidden states"
+
+
+@pytest.mark.parametrize("share_of_room", [snapshot.SHARE_OF_ROOM, 0.0])
+def test_a_snapshot_is_of_its_moment_wherever_its_copies_lie(
+    share_of_room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "SHARE_OF_ROOM", share_of_room)
+    flat = torch.arange(2.0**24, device="cuda")
+    expected = flat.cpu()
+    state = {"flat": flat, "view": flat[1000:2000], "on_host": torch.arange(5)}
+    before = torch.cuda.memory_allocated()
+    taken = snapshot.Snapshot(flat.device)
+    with taken.taking_saves():
+        torch.save(state, tmp_path / "state.pt")
+    weights = taken.copy(flat)
+    taken.close()
+    held = torch.cuda.memory_allocated() - before
+    assert weights.is_cuda == (share_of_room > 0) == (held > flat.numel())
+    for _ in range(50):  # training goes on, also while it is written
+        flat.mul_(-1.001)
+    written: list[torch.Tensor] = []
+
+    def write() -> None:
+        taken.write()
+        with taken.reading():
+            written.append(weights.cpu())
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while thread.is_alive():
+        flat.mul_(-1.001)
+    found = torch.load(tmp_path / "state.pt")
+    assert found["flat"].cpu().equal(expected) and written[0].equal(expected)
+    assert found["view"].cpu().equal(expected[1000:2000]) and found["on_host"].tolist()[4] == 4

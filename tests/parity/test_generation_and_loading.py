@@ -111,8 +111,9 @@ def test_a_dtype_asked_for_at_loading_is_the_one_computed_in(model, folder, dtyp
         assert buffer.dtype in (torch.float32, torch.int64), name
     expected = model(tokens).logits
     cosine = torch.cosine_similarity(logits.float(), expected, dim=-1)
-    # Rounding may send a token near a tie to another expert: the others must agree.
-    assert cosine.median() >= 0.99 and cosine.min() >= 0.9
+    # Rounding may send a token near a tie to another expert, and then its cosine may be anything
+    # (0.5 was seen): the others must agree. Over 8 seeds they were 90 to 100 % of the tokens.
+    assert (cosine >= 0.99).float().mean() >= 0.8
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -322,6 +322,19 @@ def test_a_mistake_is_printed_once_by_two_ranks_and_ends_the_launch(tmp_path):
     assert done.stdout.count("unknown flag --learning_rates") == 1
 
 
+def test_a_model_that_cannot_train_is_refused_before_the_quickstart_data_are_built(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "recipes/pretrain.py"), "--model", "mini_lama3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "--model: 'mini_lama3' is neither a preset nor" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_answers_without_importing_torch():
     code = (
         "import runpy, sys\n"
@@ -362,24 +375,31 @@ def test_quickstart_ends_with_a_model_that_answers_and_a_second_call_reuses_what
         assert held_out[0] - held_out[-1] >= nats
         assert facts(run)["world_size"] == 2 and facts(run)["zero_stage"] == 1
 
-    # Asked about functions of its training set, it answers in the trained format and stops.
-    tokenizer = AutoTokenizer.from_pretrained(folder / "sft" / "final")
-    model = AutoModelForCausalLM.from_pretrained(folder / "sft" / "final").eval()
+    # Asked about functions of its training set, it answers in the trained format and stops. The
+    # answers are drawn: the likeliest ones of a model of this size are few and go round in circles
+    # or not by chance, and the same question ("And what does it do?") would count many times.
     corpus = folder / "data" / "corpus" / "sft" / "sft_data_en.jsonl"
-    records = [json.loads(line) for line in corpus.read_text().splitlines()[:400:20]]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    stopped = 0
-    for record in records:
-        question = [{"role": "user", "content": record["input"]}]
-        inputs = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        generated = model.generate(**inputs, max_new_tokens=96, do_sample=False)
-        answer = generated[0, inputs["input_ids"].shape[1] :].tolist()
-        stopped += answer[-1] == end
-        text = tokenizer.decode(answer[:-1])
-        assert text.strip() and "<|" not in text, (record["input"], text)
-    assert stopped >= 0.9 * len(records)  # one of this size may repeat itself to the limit
+    records = [json.loads(line) for line in corpus.read_text().splitlines()[:400:10]]
+    answered = {}
+    for run in runs:
+        tokenizer = AutoTokenizer.from_pretrained(run / "final")
+        model = AutoModelForCausalLM.from_pretrained(run / "final").eval()
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        torch.manual_seed(0)
+        answered[run.name] = 0
+        for record in records:
+            question = [{"role": "user", "content": record["input"]}]
+            inputs = tokenizer.apply_chat_template(
+                question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            drawn = model.generate(
+                **inputs, max_new_tokens=96, do_sample=True, temperature=1.0, top_k=0
+            )
+            answer = drawn[0, inputs["input_ids"].shape[1] :].tolist()
+            text = tokenizer.decode(answer[:-1])
+            answered[run.name] += bool(answer[-1] == end and text.strip() and "<|" not in text)
+    assert answered["sft"] >= 0.8 * len(records)
+    assert answered["pretrain"] == 0  # the ending is learnt in fine-tuning, not there before
 
     before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
     assert quickstart().count("nothing to do") >= 2

@@ -39,7 +39,8 @@ def mix(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[s
 def interrupted(mix: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five of ten steps on two ranks."""
     run = tmp_path_factory.mktemp("interrupted") / "run"
-    launch(*mix, "--output_dir", str(run), "--max_steps", "10", "--stop_at_step", "5")
+    half = launch(*mix, "--output_dir", str(run), "--max_steps", "10", "--stop_at_step", "5")
+    assert "stopping at step 5; the same command without --stop_at_step goes on" in half.stdout
     return run
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import socket
 import struct
 import threading
+import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,6 +20,7 @@ CUT = "cut"  # half of what was announced, then the end
 RESET = "reset"  # the connection reset after a few bytes
 WRONG = "wrong"  # other bytes of the right number
 NO_RANGE = "no range"  # the whole file although a part was asked for
+SLOW = "slow"  # 20 kB at once and then 100 bytes every 10 ms, as long as somebody reads
 
 
 COMMIT = "c" * 40
@@ -203,12 +206,21 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if fault == SLOW:
+            return self.drip(body)
         self.wfile.write(body[: len(body) // 2] if fault in (CUT, RESET) else body)
         if fault == RESET:
             # Closed without a farewell: the other side gets "connection reset".
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+    def drip(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # the reader has gone
+            self.wfile.write(body[:20_000])
+            for start in range(20_000, len(body), 100):
+                time.sleep(0.01)
+                self.wfile.write(body[start : start + 100])
 
     def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

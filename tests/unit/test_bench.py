@@ -1,5 +1,6 @@
 """python -m mini_llm.bench: that it measures what it says, not how fast anything is."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -131,9 +132,12 @@ def test_step_of_the_recipe_and_of_a_bare_loop_are_taken_in_turns_and_written(
     assert {"torch", "transformers", "deepspeed", "device", "precision"} <= found.keys()
 
 
+COMPILED = ("trainer_compile", "trainer_fast")  # minutes of g++, a GPU
+
+
 @pytest.mark.slow
 def test_step_of_every_peer_trains_like_the_recipe(tmp_path: Path) -> None:
-    peers = [peer for peer in PEERS if peer not in ("bare", "trainer_fast")]
+    peers = [peer for peer in PEERS if peer not in ("bare", *COMPILED)]
     found = _step_figures(tmp_path, "--engine", "none", "zero1", "--peers", *peers)
     losses = [of["mean_loss"] for of in found["loops"].values()]
     assert len(losses) == 2 + len(peers)
@@ -141,14 +145,54 @@ def test_step_of_every_peer_trains_like_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast(tmp_path: Path) -> None:
-    found = _step_figures(
-        tmp_path, "--engine", "zero1", "--precision", "bf16", "--peers", "bare", "accelerate"
-    )
-    assert len(found["loops"]) == 3
+def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast_and_waits_for_no_number(
+    tmp_path: Path,
+) -> None:
+    engines = ["--engine", "none", "zero1", "zero2"]
+    found = _step_figures(tmp_path, *engines, "--precision", "bf16", "--peers", "accelerate")
+    waits = {name: of["host_syncs"] for name, of in found["loops"].items()}
+    assert waits.pop(PEERS["accelerate"]) > 0
+    assert waits == {f"recipe, engine {name}": 0 for name in engines[1:]}
 
 
 @pytest.mark.slow
+def _calls_of_a_step(source: str, function: str) -> list[str]:
+    """What the loop over steps in `function` calls, in order, by the names it is called by.
+
+    Ends where the recipe begins with what is done once in a while, ``metrics = {}``.
+    """
+    (body,) = (
+        node.body
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    )
+    (loop,) = (node for node in body if isinstance(node, ast.While))
+    calls = []
+    for statement in loop.body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "metrics":
+            break
+        found = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        found.sort(key=lambda node: (node.end_lineno, node.end_col_offset))
+        calls += [ast.unparse(call.func) for call in found]
+    return list(dict.fromkeys(calls))
+
+
+def test_the_step_that_is_measured_calls_what_the_recipes_step_calls_in_its_order() -> None:
+    recipe = (REPOSITORY / "recipes/pretrain.py").read_text(encoding="utf-8")
+    loops = (REPOSITORY / "mini_llm/bench/loops.py").read_text(encoding="utf-8")
+    # Done at the first step, for spread experts, after a bad step, or a counter on a screen.
+    rare = {"profiler", "wire", "held", "log", "write_run_facts", "load_newest", "bad_steps.rewind"}
+    rare |= {"saving.wait", "tokens.load_state_dict", "timer.restart", "float", "RuntimeError"}
+    asked = [
+        call
+        for call in _calls_of_a_step(recipe, "main")
+        if not {call, call.partition(".")[0]} & rare
+    ]
+    measured = _calls_of_a_step(loops, "ours")
+    assert len(asked) > 20
+    assert [call for call in measured if call in asked] == asked
+
+
 def test_a_peer_that_fails_is_named_and_the_others_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,12 +243,34 @@ def test_forms_of_each_part_agree_and_their_figures_are_written(part: str, tmp_p
         assert {"peak_memory_bytes", "host_syncs"} <= of.keys()
 
 
+def test_multi_token_prediction_is_left_out_beside_what_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"num_hidden_layers": 2, "vocab_size": 64}
+    size = [*("--rows", "1", "--seq_len", "16", "--steps", "2", "--device", "cpu")]
+    model = ["model", "--model", "mini_deepseekv3_tiny", *size]
+    bench.main(
+        [*model, "--model_overrides", json.dumps(small), "--json", str(tmp_path / "figures.json")]
+    )
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["overrides"] == {**small, "num_nextn_predict_layers": 0}
+    assert found["forms"].keys() > {"ours", "stock class, experts eager"}
+    with_it = json.dumps({**small, "num_nextn_predict_layers": 1})
+    step = ["step", "--model", "mini_deepseekv3_tiny", *size, "--peers", "bare"]
+    for command in (model, step):
+        with pytest.raises(SystemExit):
+            bench.main([*command, "--model_overrides", with_it])
+        assert capsys.readouterr().err.startswith(
+            "--model_overrides: num_nextn_predict_layers must be 0, because "
+        )
+
+
 def test_all_writes_the_figures_of_each_of_its_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = bench.all_commands("cpu", 2)
     kinds = [command[0] for command in commands]
-    assert {*PARTS, "step", "checkpoint", "attention", "traffic"} == set(kinds)
+    assert {*PARTS, "step", "checkpoint", "generation", "attention", "traffic"} == set(kinds)
     for command in [*commands, *bench.all_commands("cuda", 20)]:
         bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
     monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
@@ -226,7 +292,8 @@ def test_checkpoint_figures_are_of_saves_between_steps(tmp_path: Path) -> None:
     subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["engine"] == "DeepSpeed ZeRO-1 on 1 rank(s)"
-    assert min(found["step_seconds"], found["save_seconds"]) > 0
+    assert found["complete_seconds"] > found["wait_seconds"] > 0
+    assert min(found["step_seconds"], found["step_during_seconds"]) > 0
     # Weights of 32,004 × 64 and more, as they are and as master weights with two moments.
     assert found["checkpoint_bytes"] > 4 * 4 * 32_004 * 64
 

@@ -111,6 +111,18 @@ def test_many_one_token_documents_cost_the_next_one_no_digits():
     assert (packed[:, 60:] - alone).abs().max() <= 1e-6
 
 
+def test_strong_decays_leave_no_number_so_small_that_a_cpu_slows_down_with_it():
+    log_decay = -torch.logspace(0, 4, 64).expand(64, 64).clone()
+    visible = torch.ones(64, 64, dtype=torch.bool).tril()
+    decays = delta_net._VisibleDecays.apply(log_decay.requires_grad_(), visible)
+    assert decays[visible].min() >= torch.finfo(torch.float32).tiny
+    assert not decays[~visible].any()
+    exact = torch.where(visible, log_decay.double().exp(), 0.0)
+    assert (decays - exact).abs().max() < 1e-7  # what a sum of numbers near 1 in fp32 notices
+    decays.sum().backward()
+    assert torch.equal(log_decay.grad, decays.detach())
+
+
 def test_continuing_from_a_state_equals_one_pass():
     inputs = [x.detach() for x in _inputs(50)]
     output, state = delta_rule_reference(*inputs)

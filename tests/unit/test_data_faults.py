@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,12 +334,25 @@ def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(
+    "raced", [None, OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")]
+)
 def test_process_that_is_killed_is_one_sentence(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, raced: Exception | None
 ) -> None:
     write_shards(tmp_path / "in", 4)
 
+    calls = 0
+
     def start_and_kill(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if raced is not None and calls == 2:
+            # What the start of a process raises when the pool's thread, which has seen the killed
+            # one, closes the pipe to be handed on.
+            while not self._broken:
+                time.sleep(0.01)
+            raise raced
         future = submit(self, *arguments, **options)
         for process in list(self._processes.values()):
             process.kill()

@@ -99,8 +99,8 @@ def test_a_launch_that_hangs_is_ended_with_all_its_children_and_its_output_kept(
     )
     started = time.monotonic()
     command = [sys.executable, "-c", parent]
-    code, output = doctor.run_with_timeout(command, dict(os.environ), timeout=3.0)
-    assert time.monotonic() - started < 15
+    code, output = doctor.run_with_timeout(command, dict(os.environ), timeout=6.0)
+    assert time.monotonic() - started < 45
     assert code is None
     pid = int(output.split()[1])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

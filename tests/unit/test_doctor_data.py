@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from mini_llm.data.packing import PackedRows
 from mini_llm.data.tokenizer import text_encoder, train_tokenizer
 from mini_llm.data_doctor import common, conversations, documents, examine, shards
 from mini_llm.finding import Finding
+from mini_llm.training.arguments import PretrainArguments, check_arguments, parse_arguments
 from tests.unit.prepare_fixtures import (
     CHINESE,
     conversation,
@@ -38,6 +40,7 @@ from tests.unit.prepare_fixtures import (
 )
 
 SEQ_LEN = 64
+CONFIG = "recipes/configs/quickstart/pretrain.yaml"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -152,7 +155,8 @@ def test_fineweb_parquet_goes_through_the_whole_pipeline(tokenizer: Path, tmp_pa
     assert "60 documents decoded" in found["round trip"]
     assert "4 rows collated" in found["stream step"]
     assert f"prepare_pretrain.py --input {tmp_path} --tokenizer {tokenizer}" in found["verdict"]
-    assert "./launch.sh pretrain --data" in found["verdict"]
+    _, command = found["verdict"].split("or ./launch.sh pretrain ")
+    check_arguments(parse_arguments(PretrainArguments, CONFIG, shlex.split(command)), world_size=1)
 
 
 def test_numbers_are_those_of_the_preparation(tokenizer: Path, tmp_path: Path) -> None:
@@ -281,7 +285,7 @@ def test_prepared_conversations_are_checked_and_decoded(tokenizer: Path, packed_
     assert "prepare_sft.py" in found["data"]
     assert "single_turn 80.0%" in found["types"]
     assert found["the shortest one"].startswith("«supervised»: <|im_start|>user")
-    assert "./launch.sh sft --data" in found["verdict"]
+    assert "mini_llama3/sft.yaml --data" in found["verdict"]
 
 
 def test_ready_made_conversations_are_examined(
@@ -291,7 +295,7 @@ def test_ready_made_conversations_are_examined(
     found = ok(report(file, tokenizer))
     assert "ready-made SFT parquet" in found["data"]
     assert "each holds together" in found["rows"]
-    assert "./launch.sh sft --data" in found["verdict"]
+    assert "mini_llama3/sft.yaml --data" in found["verdict"]
 
 
 def test_conversations_in_parquet_are_examined_and_streamed_from_as_they_are(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from data_tools import download
 from mini_llm.data import remote_files
 from mini_llm.data.remote_files import RemoteDataset, RemoteFile, target_path
-from tests.unit.hub_server import CUT, NO_RANGE, RESET, WRONG, HubServer
+from tests.unit.hub_server import CUT, NO_RANGE, RESET, SLOW, WRONG, HubServer
 from tests.unit.prepare_fixtures import REPOSITORY, files_of
 
 SHARD = "4_5/000000.parquet"
@@ -315,6 +315,7 @@ def test_interrupted_download_goes_on_and_never_leaves_half_a_file_under_its_nam
     tmp_path: Path, server: HubServer, stop: signal.Signals
 ) -> None:
     server.files = {SHARD: random.Random(2).randbytes(3_000_000)}
+    server.faults[SHARD] = [SLOW]  # so that it is not over before it is interrupted
     script = (
         "import sys; sys.path.insert(0, '.')\n"
         "from data_tools import download\n"
@@ -327,12 +328,12 @@ def test_interrupted_download_goes_on_and_never_leaves_half_a_file_under_its_nam
         [sys.executable, "-c", script, *flags], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
     part = tmp_path / f"{SHARD}.part"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not part.exists() or part.stat().st_size < 10_000:
         assert time.monotonic() < deadline and tool.poll() is None
         time.sleep(0.001)
     tool.send_signal(stop)
-    said = tool.communicate()[1]
+    said = tool.communicate(timeout=240)[1]
     if stop == signal.SIGINT:
         assert tool.returncode == 130 and "run the same command again" in said
     assert not (tmp_path / SHARD).exists()
@@ -426,7 +427,7 @@ def test_offline_is_one_sentence_that_says_what_to_do(
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
     assert tool.returncode == 2
     assert tool.stderr.count("\n") == 1 and "Traceback" not in tool.stderr

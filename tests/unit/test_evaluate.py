@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -26,10 +27,11 @@ from transformers import (
 )
 
 from mini_llm import build_model, load_model
+from mini_llm.command_line import UsageError
 from mini_llm.data import load_tokenizer, open_validation, token_byte_lengths
 from mini_llm.evaluate import __main__ as command
 from mini_llm.evaluate import harness, questions
-from mini_llm.evaluate.arguments import UsageError, parse_flags
+from mini_llm.evaluate.arguments import parse_flags
 from mini_llm.evaluate.checkpoint import find_checkpoint
 from mini_llm.evaluate.held_out import buckets_of, evaluate_held_out
 from mini_llm.evaluate.results import as_text, read_results, tasks_table
@@ -496,6 +498,20 @@ def test_a_task_that_nobody_knows_is_answered_with_the_nearest_name(
     for given, near in {"mini_choise": "mini_choice", "arc_easi": "arc_easy"}.items():
         said = mistaken(run, "--tasks", given)
         assert f"--tasks {given} is no task" in said and f"did you mean {near}?" in said
+
+
+def test_a_model_that_is_neither_here_nor_on_a_hub_in_reach_is_one_sentence() -> None:
+    out_of_reach = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mini_llm.evaluate", "owner/no-such-model"],
+        cwd=REPOSITORY,
+        env={**os.environ, **out_of_reach},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "owner/no-such-model is no folder here and cannot be had from the hub" in line
 
 
 def test_rows_packed_with_another_tokenizer_are_refused(

@@ -30,6 +30,7 @@ from mini_llm.hub.background_push import BackgroundPush
 from mini_llm.hub.export import base_generation_config
 from mini_llm.hub.model_card import from_hub
 from mini_llm.hub.push import PushFailedError, check_target, find_source, push
+from mini_llm.models import pretrained_folder
 from mini_llm.training.arguments import PretrainArguments
 from mini_llm.training.run_folder import write_config
 from mini_llm.training.sizes import count_parameters
@@ -153,6 +154,22 @@ def test_a_pushed_run_is_downloaded_again_and_loads_in_stock_transformers(
     ids = AutoTokenizer.from_pretrained(again)("训练 a model").input_ids
     assert ids == AutoTokenizer.from_pretrained(run / "final")("训练 a model").input_ids
     assert json.loads((again / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_a_model_that_the_hub_does_not_give_is_answered_in_one_short_sentence(
+    server: HubUploadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offline, reason in (
+        (False, "it has no such model, or shows it to others alone"),
+        (True, "it is not cached, and the hub cannot be asked"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError) as refused:
+            pretrained_folder("owner/none")
+        assert str(refused.value) == (
+            "--model: owner/none is no local folder and cannot be had from the hub "
+            f"({reason}); check the name, HF_ENDPOINT and, for a private model, HF_TOKEN"
+        )
 
 
 def test_only_the_model_leaves_and_never_a_token(

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from mini_llm.command_line import UsageError
 from mini_llm.launch import command as command_module
 from mini_llm.launch import network, nodes
 from mini_llm.launch.__main__ import main
 from mini_llm.launch.command import REPOSITORY, Launch, build_launch
 from mini_llm.launch.fan_out import Host, host_commands, read_hostfile
 from mini_llm.launch.nodes import Nodes, find_nodes
-from mini_llm.launch.options import UsageError, check_options, parse_options
+from mini_llm.launch.options import check_options, parse_options
 
 # What srun gave the second of two tasks on two nodes (what does not say who we are left out).
 SRUN = {

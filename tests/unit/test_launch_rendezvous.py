@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from mini_llm.command_line import UsageError
 from mini_llm.launch import rendezvous
 from mini_llm.launch.command import REPOSITORY
-from mini_llm.launch.options import UsageError
 from mini_llm.launch.rendezvous import Meeting, Registration, meet
 
 SECONDS = 30.0

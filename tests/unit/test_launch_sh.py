@@ -105,7 +105,7 @@ class Machine:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,  # pip and venv are at work in some of these
             check=False,
         )
 

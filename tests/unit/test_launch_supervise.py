@@ -226,11 +226,12 @@ def test_a_failure_before_there_are_ranks_says_where_the_nodes_were_to_meet(
 
 # `ssh HOST LINE` as it would be there: a login shell that runs the line.
 FAN_OUT = """
-import sys
+import os, sys
 from mini_llm.launch import fan_out
+grace = float(os.environ["GRACE"])
 hosts = dict(zip(("here", "there"), sys.argv[2:]))
 sys.exit(fan_out.fan_out({host: ["sh", sys.argv[1], host, f"exec /bin/sh -c '{line}'"]
-                          for host, line in hosts.items()}, grace_seconds=1.0))
+                          for host, line in hosts.items()}, grace_seconds=grace))
 """
 MARK = "echo mini_llm launcher process $$; "
 LIVES_ON = MARK + 'trap "echo told; exit 0" TERM INT USR1; echo up; while :; do sleep 0.1; done'
@@ -242,9 +243,17 @@ def ssh(tmp_path: Path) -> Path:
     return tmp_path / "ssh"
 
 
-def fanned_out(programs: list[Program], ssh: Path, *lines: str) -> Program:
-    programs.append(Program(FAN_OUT, str(ssh), *lines, log=ssh.with_name("log")))
+def fanned_out(
+    programs: list[Program], ssh: Path, *lines: str, grace_seconds: float = 30.0
+) -> Program:
+    environment = {"GRACE": str(grace_seconds)}
+    programs.append(Program(FAN_OUT, str(ssh), *lines, log=ssh.with_name("log"), **environment))
     return programs[-1]
+
+
+def fails_after(up: Path) -> str:
+    """A line that ends with status 7 a second after the other host has made the file ``up``."""
+    return MARK + f"while [ ! -e {up} ]; do sleep 0.1; done; sleep 1; exit 7"
 
 
 def test_output_comes_with_the_hosts_name_and_all_succeed(
@@ -258,15 +267,18 @@ def test_output_comes_with_the_hosts_name_and_all_succeed(
 def test_when_one_host_fails_the_others_are_ended_and_its_status_is_kept(
     programs: list[Program], ssh: Path
 ) -> None:
-    run = fanned_out(programs, ssh, LIVES_ON, MARK + "sleep 1; exit 7")
+    up = ssh.with_name("up")
+    lives_on = LIVES_ON.replace("echo up;", f"touch {up};")
+    run = fanned_out(programs, ssh, lives_on, fails_after(up))
     assert run.wait() == 7
     assert "launch.sh: there ended with status 7; ending the others" in run.said()
     assert "here: told" in run.said()
 
 
 def test_a_host_that_does_not_end_when_told_is_killed(programs: list[Program], ssh: Path) -> None:
-    deaf = MARK + 'trap "" TERM; echo up; while :; do sleep 0.1; done'
-    run = fanned_out(programs, ssh, deaf, MARK + "sleep 1; exit 7")
+    up = ssh.with_name("up")
+    deaf = MARK + f'trap "" TERM; touch {up}; while :; do sleep 0.1; done'
+    run = fanned_out(programs, ssh, deaf, fails_after(up), grace_seconds=1.0)
     assert run.wait() == 7
     assert "launch.sh: here has not ended; killing its launcher" in run.said()
 

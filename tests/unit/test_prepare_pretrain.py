@@ -184,7 +184,7 @@ def test_processes_end_when_the_preparation_is_killed_and_a_second_run_is_refuse
         [sys.executable, "data_tools/prepare_pretrain.py", *flags], cwd=REPOSITORY
     )
     workers: list[int] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(workers) < 3:  # two that tokenise, and multiprocessing's resource tracker
         assert time.monotonic() < deadline and tool.poll() is None
         children = Path(f"/proc/{tool.pid}/task/{tool.pid}/children").read_text().split()

@@ -167,3 +167,16 @@ def test_another_transformers_is_told_in_a_sentence(
     monkeypatch.setitem(sys.modules, "transformers.cli.serving.chat_completion", None)
     error = refusal([checkpoint, "--port", "0"], capsys)
     assert re.match(r"error: transformers \d+\.\S+ lacks what the server is built on", error)
+
+
+def test_the_python_example_says_in_one_sentence_that_no_server_answers() -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/chat_client.py"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "no server answers at http://127.0.0.1:9/v1" in line and "./launch.sh serve" in line

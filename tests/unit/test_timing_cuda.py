@@ -77,7 +77,7 @@ def test_a_step_between_logged_ones_waits_for_nothing(waiting_is_an_error):
         if step > 2:  # states and buffers are there
             waiting_is_an_error()
         with timer.part("optimizer"):
-            norm = engine.optimizer_step(accelerator, model, optimizer, 1.0)
+            norm = engine.optimizer_step(model, optimizer, 1.0)
         update_expert_bias(model, take_expert_load(model), speed=1e-3, grad_norm=norm)
         assert bad_steps.fault(step, loss.detach(), norm, now=False) is None
         timer.end_step(256)

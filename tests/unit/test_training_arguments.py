@@ -101,6 +101,7 @@ def test_unknown_yaml_key_names_the_file_and_the_nearest(capsys, tmp_path):
         (("--bf16", "maybe"), "--bf16: 'maybe' is not true or false"),
         (("--data", "[1]"), "--data"),
         (("--data", "{broken"), "is not a mapping"),
+        (("--data", "data/web"), 'e.g. {"web": {"path": "data/packed", "weight": 1.0}}'),
         (("--config", "nowhere.yaml"), "--config: there is no file nowhere.yaml"),
         (("--deepspeed", "nowhere.json"), "--deepspeed: there is no file nowhere.json"),
     ],

@@ -61,7 +61,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_t
 
     def step(factor: float) -> None:
         (model(torch.ones(2, 4)).sum() * factor).backward()
-        engine.optimizer_step(accelerator, model, wrapped, 1.0)
+        engine.optimizer_step(model, wrapped, 1.0)
 
     def state() -> list[torch.Tensor]:
         tensors = [value for entry in optimizer.state.values() for value in entry.values()]

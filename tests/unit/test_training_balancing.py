@@ -180,9 +180,12 @@ def test_two_hundred_steps_keep_every_expert_alive_and_balanced_with_the_bias_al
 
     on, off = train(speed=1e-3), train(speed=0.0)
 
-    def worst(metrics: dict[str, float | None]) -> float:
-        return max(v for name, v in metrics.items() if name.endswith("load_max_over_mean"))
+    # The mean over layers: with other seeds or kernels that of the worst layer varies from 1.11 to
+    # 1.24, and this from 1.07 to 1.13; without the bias it is 1.4.
+    def imbalance(metrics: dict[str, float | None]) -> float:
+        ratios = [v for name, v in metrics.items() if name.endswith("load_max_over_mean")]
+        return sum(ratios) / len(ratios)
 
     assert on["moe/dead_experts"] == 0
-    assert worst(on) <= 1.3, on
-    assert worst(off) > worst(on), (on, off)
+    assert imbalance(on) <= 1.2, on
+    assert imbalance(off) > imbalance(on) + 0.1, (on, off)

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from mini_llm.training.checkpoint import (
     list_checkpoints,
     read_state,
     remove_leftovers,
-    save_checkpoint,
 )
 from mini_llm.training.checkpoint_files import FILES_NAME, check_pickles, write_file_list
 
@@ -122,75 +120,6 @@ def test_file_that_is_no_torch_file_is_refused(tmp_path):
         check_pickles(tmp_path)
 
 
-# Saving, with a stand-in for the engine
-
-
-@pytest.fixture
-def save(tmp_path, monkeypatch):
-    def save_state(folder: str, safe_serialization: bool) -> None:
-        Path(folder).mkdir()
-        torch.save({"weight": torch.arange(100)}, Path(folder) / "weights.bin")
-
-    accelerator = SimpleNamespace(
-        is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state
-    )
-    monkeypatch.setattr(
-        checkpoints, "save_stock_checkpoint", lambda *arguments: arguments[-1].mkdir()
-    )
-    monkeypatch.setattr(
-        checkpoints,
-        "save_engine_state",
-        lambda accelerator, folder: save_state(str(folder), safe_serialization=False),
-        raising=False,
-    )
-
-    def save(step: int, eval_loss: float | None = None, **options: Any) -> list[str]:
-        options = {"total_limit": 2, **options}
-        save_checkpoint(
-            accelerator, None, None, tmp_path, step=step, state={}, eval_loss=eval_loss, **options
-        )
-        return [path.name.removeprefix("step-") for path in list_checkpoints(tmp_path)]
-
-    return save
-
-
-def test_rotation_keeps_the_newest_the_best_and_the_milestones(save):
-    losses = {10: 3.0, 20: 2.0, 30: 2.5, 40: None, 50: 2.2, 60: 2.1}
-    for step, loss in losses.items():
-        kept = save(step, loss, milestone_steps=30)
-    assert kept == ["20", "30", "50", "60"]  # 20: best; 30 and 60: milestones; 50, 60: newest
-    assert save(70, 1.0, milestone_steps=30) == ["30", "60", "70"]
-
-
-def test_save_replaces_a_damaged_later_checkpoint_instead_of_counting_it(save, tmp_path):
-    save(10)
-    save(20)
-    flip_a_byte(tmp_path / "checkpoints/step-20/engine/weights.bin")
-    assert find_checkpoint(tmp_path, "auto").name == "step-10"
-    assert save(15, total_limit=1) == ["15"]
-    assert find_checkpoint(tmp_path, "auto").name == "step-15"
-
-
-@pytest.mark.parametrize("at", ["write_file_list", "flush_directory", "save_stock_checkpoint"])
-def test_failed_save_leaves_no_half_checkpoint_and_the_earlier_ones_whole(
-    save, tmp_path, monkeypatch, at
-):
-    save(10)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, at, full)
-        with pytest.raises(OSError, match=r"step 20 could not be written .*No space left.*GiB"):
-            save(20)
-    assert not list((tmp_path / "checkpoints").glob(".step-*"))
-    found = find_checkpoint(tmp_path, "auto")
-    # Where only the flush of the folder failed, the new one has its name already and is whole.
-    assert found.name == ("step-20" if at == "flush_directory" else "step-10")
-    assert save(30)[-1] == "30"
-
-
 def test_a_run_killed_while_it_removes_a_checkpoint_leaves_none_that_looks_whole(
     tmp_path, monkeypatch
 ):
@@ -203,7 +132,7 @@ def test_a_run_killed_while_it_removes_a_checkpoint_leaves_none_that_looks_whole
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
     with pytest.raises(SystemExit):
-        checkpoints._remove(old)
+        checkpoints.remove_checkpoint(old)
     monkeypatch.undo()
     assert list_checkpoints(tmp_path) == [newest]
     assert find_checkpoint(tmp_path, "auto") == newest

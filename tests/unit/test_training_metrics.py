@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from mini_llm import build_model, list_models
 from mini_llm.training.metrics import MetricsLog, TokenCounter
 from mini_llm.training.run_folder import check_run_folder, write_json
+from mini_llm.training.run_lock import RunLock
 from mini_llm.training.sizes import (
     ParameterCounts,
     count_parameters,
@@ -116,3 +117,9 @@ def test_a_folder_of_the_same_run_is_accepted_and_another_names_the_keys(tmp_pat
     with pytest.raises(ValueError, match="seed: 1 there, 2 here") as error:
         check_run_folder(tmp_path, {"seed": 2, "model": "a"})
     assert "model" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--output_dir \S+/file cannot be made \(File exists\)"):
+        RunLock(tmp_path / "file").take(rank=0)

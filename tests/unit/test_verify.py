@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mini_llm.command_line import UsageError
 from mini_llm.launch.__main__ import main
 from mini_llm.launch.nodes import PORTS_PER_JOB, Nodes
-from mini_llm.launch.options import UsageError, parse_options
-from mini_llm.parallel.environment import free_port
+from mini_llm.launch.options import parse_options
 from mini_llm.verify import driver as driver_module
 from mini_llm.verify.driver import Driver, Main, Step, check_same_processes, telling_line
 from mini_llm.verify.equivalence import (
@@ -48,6 +48,7 @@ from mini_llm.verify.table import (
     write_report,
     write_rows,
 )
+from tests.launching import launch_port
 
 RANKS = Ranks(["alpha", "alpha", "beta", "beta"])
 ROWS = [
@@ -511,7 +512,7 @@ def test_a_hostfile_starts_verify_on_every_host(
 
 
 def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
-    meeting = Meeting(Nodes(2, main_port=free_port()), patience=1)
+    meeting = Meeting(Nodes(2, main_port=launch_port()), patience=1)
     meeting.tell("node/0", {"host": "alpha", "processes": 8})
     with pytest.raises(
         UsageError, match=r"node 1 did not come to 127\.0\.0\.1, port .* within 1 s"
@@ -525,14 +526,14 @@ def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
 
 
 def test_nodes_hear_what_the_others_tell_and_wait_for_node_0_only_so_long() -> None:
-    port = free_port()
+    port = launch_port()
     with pytest.raises(UsageError, match=f"node 0 did not come to 127.0.0.1, port {port}"):
         Meeting(Nodes(2, 1, main_port=port), patience=0)
-    first = Meeting(Nodes(2, 0, main_port=port), patience=1)
-    second = Meeting(Nodes(2, 1, main_port=port), patience=1)
+    first = Meeting(Nodes(2, 0, main_port=port), patience=60)
+    second = Meeting(Nodes(2, 1, main_port=port), patience=60)
     assert second.hear("plan", 0) is None
     first.tell("plan", {"skip": None})
-    assert second.hear("plan", 5) == {"skip": None}
+    assert second.hear("plan", 60) == {"skip": None}
     second.say_farewell()
     first.say_farewell()
 

@@ -5,22 +5,28 @@ import time
 import pytest
 import wandb
 
-from mini_llm.parallel.environment import free_port
 from mini_llm.training import wandb_tracker
 from mini_llm.training.wandb_tracker import WandbTracker
+from tests.launching import launch_port
 from tests.wandb_server import HANG, REFUSE, WandbServer
 
 
 @pytest.fixture
 def client(tmp_path, monkeypatch):
-    """Environment of W&B -> a started tracker; W&B's process ends with the test."""
-    monkeypatch.setattr(wandb_tracker, "START_SECONDS", 2.0)
-    monkeypatch.setattr(wandb_tracker, "FINISH_SECONDS", 2.0)
+    """Environment of W&B -> a started tracker; W&B's process ends with the test.
+
+    ``start_seconds`` and ``finish_seconds`` are long where the server answers, which on a busy
+    machine may take W&B's process some time.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs this
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     wandb.teardown()
 
-    def start(**environment: str) -> WandbTracker:
+    def start(
+        start_seconds: float = 100.0, finish_seconds: float = 100.0, **environment: str
+    ) -> WandbTracker:
+        monkeypatch.setattr(wandb_tracker, "START_SECONDS", start_seconds)
+        monkeypatch.setattr(wandb_tracker, "FINISH_SECONDS", finish_seconds)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         tracker = WandbTracker("mini-llm", {"dir": str(tmp_path), "id": "abc", "resume": "allow"})
@@ -66,9 +72,9 @@ def test_without_a_server_the_run_is_recorded_on_disk_and_that_is_said_once(
         if fault == "no key":
             del environment["WANDB_API_KEY"]
         elif fault == "nobody":
-            environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{free_port()}"
+            environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{launch_port()}"
         began = time.perf_counter()
-        tracker = client(**environment)
+        tracker = client(2.0 if fault == "nobody" else 100.0, **environment)
         log_some(tracker)
         tracker.finish()
         assert time.perf_counter() - began < 60
@@ -81,7 +87,7 @@ def test_without_a_server_the_run_is_recorded_on_disk_and_that_is_said_once(
 
 def test_a_server_that_hangs_later_delays_neither_logging_nor_the_end(client, capsys, tmp_path):
     with WandbServer(HANG, fault_of="file_stream") as server:
-        tracker = client(**server.environment())
+        tracker = client(finish_seconds=2.0, **server.environment())
         log_some(tracker)
         began = time.perf_counter()
         tracker.finish()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mini_llm.command_line import Parser
 from mini_llm.parallel.environment import prepare_environment
 
 KEY_VARIABLE = "MINI_LLM_API_KEY"
@@ -18,7 +19,7 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")  # of the extra
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(prog="./launch.sh serve", description=__doc__)
+    flags = Parser(prog="./launch.sh serve", description=__doc__)
     flags.add_argument(
         "checkpoint",
         type=Path,

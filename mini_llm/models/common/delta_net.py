@@ -15,7 +15,7 @@ loop of steps, slow, what the others are tested against) and :func:`delta_rule_c
 :func:`delta_rule` and :func:`short_convolution` pick the form, or a CUDA kernel where there is one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from torch.autograd.function import once_differentiable
 
+from .norm import rms_normalize
 from .precision import products_like
 
 CHUNK_SIZE = 64  # tokens: the work inside a chunk grows with C, the sequential steps with T/C
@@ -33,7 +35,8 @@ CHUNK_SIZE = 64  # tokens: the work inside a chunk grows with C, the sequential 
 
 def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x / sqrt(Σx² + ε) over the last dimension."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    size = x.shape[-1]
+    return rms_normalize(x, eps / size) * size**-0.5
 
 
 def _prepare_query_key(
@@ -41,8 +44,8 @@ def _prepare_query_key(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit-length queries and keys in fp32 (or better), queries scaled by 1/sqrt(k)."""
     dtype = torch.promote_types(query_BTKk.dtype, torch.float32)
-    query = l2_normalize(query_BTKk.to(dtype)) * query_BTKk.shape[-1] ** -0.5
-    return query, l2_normalize(key_BTKk.to(dtype))
+    query, key = l2_normalize(query_BTKk.to(dtype)), l2_normalize(key_BTKk.to(dtype))
+    return query * query.shape[-1] ** -0.5, key
 
 
 def _per_value_head(x_BTKk: torch.Tensor, heads: int) -> torch.Tensor:
@@ -120,14 +123,14 @@ def delta_rule_chunked(
 
         u_i = β_i (v_i − γ_i Sᵀ k_i − Σ_{j<i} Γ_ij (k_i·k_j) u_j),
 
-    a unit lower-triangular system for all u at once. Its right-hand side is linear in S, so it is
-    solved for every chunk in parallel, U = A⁻¹ βV and W = A⁻¹ βγK, and what is sequential is
+    a unit lower-triangular system for all u at once. Its right-hand side is linear in S, so A is
+    inverted for every chunk in parallel, U = A⁻¹ βV and W = A⁻¹ βγK, and what is sequential is
 
         u = U − W S,      S ← γ_C S + (δ K)ᵀ u,      o = γ Q S + (Γ ⊙ Q Kᵀ) u.
 
     Γ, γ and δ are zero across a document boundary, exactly, so that nothing is carried over it.
     The matmuls run in autocast's dtype (:func:`delta_rule` sees to it that it is the run's);
-    decays, the triangular solve and the state stay in fp32.
+    decays, the inverse and the state stay in fp32.
     """
     B, T, H, v = value_BTHv.shape
     K, k = key_BTKk.shape[2:]
@@ -143,10 +146,9 @@ def delta_rule_chunked(
             x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, padding))
         return x.reshape(B, M, C, *x.shape[2:]).movedim(3, 1).contiguous()
 
-    def value_heads(x: torch.Tensor) -> torch.Tensor:
-        """(B, K, M, …) -> (B, H, M, …), without a copy where it is only multiplied."""
-        shape = (B, K, H // K, *x.shape[2:])
-        return x[:, :, None].expand(shape).flatten(1, 2)
+    def per_value_head(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """(B, K, M, …) ⊙ (B, H, M, …) -> (B, H, M, …), without a copy of x for each value head."""
+        return (x[:, :, None] * factor.unflatten(1, (K, H // K))).flatten(1, 2)
 
     q, key_, value = chunks(query), chunks(key), chunks(value_BTHv.to(dtype))
     beta = chunks(beta_BTH.to(dtype))[..., None]  # (B, H, M, C, 1)
@@ -166,21 +168,19 @@ def delta_rule_chunked(
         log_enter = log_enter.masked_fill(~enters, -torch.inf)
         log_rest = log_rest.masked_fill(~stays, -torch.inf)
         log_carry = log_carry.masked_fill(~carries, -torch.inf)
-    pairs = log_pairs.masked_fill(~visible, -torch.inf).exp()  # Γ (B, H, M, C, C)
+    pairs = _VisibleDecays.apply(log_pairs, visible)  # Γ (B, H, M, C, C)
     enter = log_enter.exp()[..., None]  # γ (B, H, M, C, 1)
     rest = log_rest.exp()[..., None]  # δ (B, H, M, C, 1)
     carry = log_carry.exp()[..., None, None]  # γ_C (B, H, M, 1, 1)
 
     # Inside the chunks, all at once.
     key_t = key_.transpose(-1, -2)
-    system = value_heads(key_ @ key_t) * pairs * beta  # strictly lower part of A
-    scores = value_heads(q @ key_t) * pairs
-    k_heads = value_heads(key_)
-    right_side = torch.cat((value, k_heads * enter), -1) * beta
-    solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
-    U, W = solved.split((v, k), dim=-1)
-    write_t = (k_heads * rest).transpose(-1, -2)  # (B, H, M, k, C)
-    read = value_heads(q) * enter
+    system = per_value_head(key_ @ key_t, pairs * beta)  # its strictly lower part is A's
+    scores = per_value_head(q @ key_t, pairs)
+    inverse = _UnitLowerInverse.apply(system)
+    U, W = inverse @ (value * beta), inverse @ per_value_head(key_, enter * beta)
+    write_t = per_value_head(key_, rest).transpose(-1, -2)  # (B, H, M, k, C)
+    read = per_value_head(q, enter)
 
     # From chunk to chunk.
     state = q.new_zeros(B, H, k, v) if initial_state is None else initial_state.to(dtype)
@@ -195,6 +195,49 @@ def delta_rule_chunked(
     output = read @ torch.stack(states, 2) + scores @ torch.stack(written, 2)
     output = output.movedim(1, 3).reshape(B, M * C, H, v)[:, :T]
     return output.to(query_BTKk.dtype), state
+
+
+class _VisibleDecays(torch.autograd.Function):
+    """exp of (…, C, C) log decays where ``visible``, and exactly 0 elsewhere.
+
+    A decay below e^-60, which no fp32 sum beside it notices, is taken as that: a CPU needs up to
+    twenty times as long for an exponential that underflows. One pass over memory in the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_decay: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        decays = log_decay.clamp(min=-60.0).exp_().mul_(visible)
+        ctx.save_for_backward(decays)
+        return decays
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (decays,) = ctx.saved_tensors
+        return grad * decays, None
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """(…, C, C) -> (I + its strictly lower part)⁻¹, in fp32.
+
+    Half the work of solving for right-hand sides twice as wide as C, and the gradient, which
+    autograd takes by solving again, is two products: dL = −Xᵀ dX Xᵀ for the inverse X.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, system: torch.Tensor) -> torch.Tensor:
+        identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+        inverse = torch.linalg.solve_triangular(
+            system, identity.expand_as(system), upper=False, unitriangular=True
+        )
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (inverse,) = ctx.saved_tensors
+        return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 
 def _document_masks(
@@ -233,7 +276,7 @@ def convolution_reference(
     document's start is masked.
     """
     T, W = x_BTC.shape[1], weight_CW.shape[-1]
-    weight = weight_CW.to(torch.promote_types(weight_CW.dtype, torch.float32))
+    weight = _in_fp32(weight_CW)
     history = x_BTC.new_zeros(x_BTC.shape[0], W - 1, x_BTC.shape[-1])
     padded = torch.cat((history if history_BWC is None else history_BWC, x_BTC), 1)
     if document_ids is not None:  # the history belongs to the first document of each row
@@ -246,6 +289,57 @@ def convolution_reference(
             earlier = earlier.masked_fill(~same[..., None], 0.0)
         out = out + earlier * weight[:, first]
     return out.to(x_BTC.dtype)
+
+
+class _ShortConvolution(torch.autograd.Function):
+    """The reference above without history: one pass over memory a tap, each adding in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTC: torch.Tensor,
+        weight_CW: torch.Tensor,
+        document_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_BTC, weight_CW, document_ids)
+        x, taps = _in_fp32(x_BTC), _in_fp32(weight_CW).T.contiguous().flip(0)  # tap d looks d back
+        out = x * taps[0]
+        for d, within in _reaches(x.shape[1], len(taps), document_ids):
+            earlier = x[:, :-d] if within is None else x[:, :-d] * within
+            out[:, d:].addcmul_(earlier, taps[d])
+        return out.to(x_BTC.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x_BTC, weight_CW, document_ids = ctx.saved_tensors
+        x, grad = _in_fp32(x_BTC), _in_fp32(grad_BTC)
+        taps = _in_fp32(weight_CW).T.contiguous().flip(0)
+        grad_x, grad_taps = grad * taps[0], torch.zeros_like(taps)
+        grad_taps[0] = (grad * x).sum((0, 1))
+        for d, within in _reaches(x.shape[1], len(taps), document_ids):
+            later = grad[:, d:] if within is None else grad[:, d:] * within
+            grad_x[:, :-d].addcmul_(later, taps[d])
+            grad_taps[d] = (later * x[:, :-d]).sum((0, 1))
+        return grad_x.to(x_BTC.dtype), grad_taps.flip(0).T.to(weight_CW.dtype), None
+
+
+def _in_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reaches(
+    T: int, W: int, document_ids_BT: torch.Tensor | None
+) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """(d, mask) of each tap d ≥ 1 that a row of T tokens has a use for.
+
+    The mask (B, T − d, 1) is 1 where token t + d and token t share a document; None: everywhere.
+    """
+    for d in range(1, min(W, T)):
+        within = None
+        if document_ids_BT is not None:
+            within = (document_ids_BT[:, d:] == document_ids_BT[:, :-d])[..., None]
+        yield d, within
 
 
 # ---- Which form computes it ----------------------------------------------------------------------
@@ -378,20 +472,18 @@ def short_convolution(
 ) -> torch.Tensor:
     """:func:`convolution_reference` by the fastest means there is."""
     document_ids = None if boundaries is None else boundaries.document_ids
-    W = weight_CW.shape[-1]
+    if torch.compiler.is_compiling() and (kernels is None or kernels.convolution is None):
+        return convolution_reference(x_BTC, weight_CW, history_BWC, document_ids)
+    # No kernel takes history beside documents, so history goes in front as tokens.
+    rows = x_BTC
+    if history_BWC is not None:
+        rows = torch.cat((history_BWC, x_BTC), 1)
+        if document_ids is not None:
+            more = document_ids[:, :1].expand(-1, history_BWC.shape[1])
+            document_ids = torch.cat((more, document_ids), 1)
     kernel = None if kernels is None else kernels.convolution
     if kernels is not None and kernel is not None and x_BTC.device.type == kernels.device_type:
-        # The kernel takes no history together with seq_idx, so history goes in front as tokens.
-        rows = x_BTC if history_BWC is None else torch.cat((history_BWC, x_BTC), 1)
-        if document_ids is not None and history_BWC is not None:
-            document_ids = torch.cat((document_ids[:, :1].expand(-1, W - 1), document_ids), 1)
-        out = kernel(rows.transpose(1, 2), weight_CW, seq_idx=document_ids)
-        return out.transpose(1, 2)[:, -x_BTC.shape[1] :]
-    if document_ids is not None:
-        return convolution_reference(x_BTC, weight_CW, history_BWC, document_ids)
-    if history_BWC is None:
-        x_BTC = F.pad(x_BTC, (0, 0, W - 1, 0))
+        out = kernel(rows.transpose(1, 2), weight_CW, seq_idx=document_ids).transpose(1, 2)
     else:
-        x_BTC = torch.cat((history_BWC, x_BTC), 1)
-    out = F.conv1d(x_BTC.transpose(1, 2), weight_CW[:, None], groups=weight_CW.shape[0])
-    return out.transpose(1, 2)
+        out = _ShortConvolution.apply(rows, weight_CW, document_ids)
+    return out[:, -x_BTC.shape[1] :]

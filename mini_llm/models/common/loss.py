@@ -105,7 +105,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk = min(N, max(64, elements // weight_VD.shape[0]))
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        # The first chunk writes it, the others add.
+        blank = torch.empty_like if N else torch.zeros_like
+        grad_weight = blank(weight_VD, dtype=torch.float32) if need_weight else None
         added_rows = weight_VD.shape[0] if on_gpu else _CACHED_ROWS
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         # Autocast would leave products into an existing tensor (addmm_) in fp32.
@@ -126,12 +128,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
                 if grad_weight is not None and dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits[:, :V].T, h)
+                    grad_weight.addmm_(grad_logits[:, :V].T, h, beta=1 if start else 0)
                 elif grad_weight is not None:
                     # The product is rounded to bf16 once a chunk, the sum over chunks is not.
                     for v in range(0, V, added_rows):
                         part = grad_logits[:, v : v + added_rows] if added_rows < V else grad_logits
-                        grad_weight[v : v + added_rows] += (part.T @ h)[: V - v]
+                        rows = grad_weight[v : v + added_rows]
+                        write = rows.add_ if start else rows.copy_
+                        write((part.T @ h)[: V - v])
                 del grad_logits  # else it lives beside the next chunk's logits
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
@@ -73,10 +74,37 @@ class RotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(…, d) -> (…, d): (x1, x2) -> (−x2, x1), the halves being the pairs' two coordinates."""
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x ⊙ cos + (−x2, x1) ⊙ sin: pairs' coordinates are the halves of the last dimension.
+
+    ``cos`` and ``sin`` broadcast to x, and have equal halves.
+    """
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class _Rotate(torch.autograd.Function):
+    """The reference above in half the passes over memory; its gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    sin = sin[..., :half]
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin, value=-direction)
+    turned[..., half:].addcmul_(x[..., :half], sin, value=direction)
+    return turned
 
 
 def apply_rotary_pos_emb(
@@ -84,15 +112,16 @@ def apply_rotary_pos_emb(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate the first r ≤ d coordinates of queries and keys by their positions' angles."""
     cos, sin = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1)
+    # torch.compile makes one kernel of the reference by itself.
+    rotate = rotate_reference if torch.compiler.is_compiling() else _Rotate.apply
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:
+    def rotate_first(x: torch.Tensor) -> torch.Tensor:
         rotary_dim = cos.shape[-1]
         if rotary_dim == x.shape[-1]:
-            return x * cos + rotate_half(x) * sin
-        turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
-        return torch.cat((turned * cos + rotate_half(turned) * sin, kept), -1)
+            return rotate(x, cos, sin)
+        return torch.cat((rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), -1)
 
-    return rotate(query_BHTd), rotate(key_BKTd)
+    return rotate_first(query_BHTd), rotate_first(key_BKTd)
 
 
 def positions_after(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:

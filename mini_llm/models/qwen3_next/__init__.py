@@ -69,17 +69,18 @@ def mixing_flops_per_token(config: "Qwen3NextConfig", seq_len: int) -> float:
     """Forward and backward of attention's two products and of the chunked delta rule.
 
     Of the delta rule: K Kᵀ and Q Kᵀ (a key head), W S, Q S and the write (k × v a token and value
-    head), the scores times u, and the triangular solve, whose backward is a solve and a product.
+    head), the scores times u, the inverse times βV and βγK, and the inverse itself, whose backward
+    is two products.
     """
     full = config.layer_types.count("full_attention")
     attention = 12.0 * config.num_attention_heads * config.head_dim * seq_len
     C = min(64, seq_len)  # delta_net.CHUNK_SIZE, not imported to spare --help from loading torch
     K, H = config.linear_num_key_heads, config.linear_num_value_heads
     k, v = config.linear_key_head_dim, config.linear_value_head_dim
-    products = 2.0 * (2 * C * K * k + 3 * H * k * v + C * H * v)
-    solve = C * H * (k + v)
+    products = 2.0 * (2 * C * K * k + 3 * H * k * v + C * H * v + C * H * (k + v))
+    inverse = C * C * H
     linear = len(config.layer_types) - full
-    return full * attention + linear * (3.0 * products + 4.0 * solve)
+    return full * attention + linear * (3.0 * products + 5.0 * inverse)
 
 
 def config_class() -> "type[Qwen3NextConfig]":
