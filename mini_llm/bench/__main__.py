@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_llm.command_line import Parser
+from mini_llm.parallel.environment import end_process
 
 from .names import ENGINES, PARTS, PEERS, PRESETS, TINY_PRESETS
 
@@ -354,3 +355,4 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..parallel.environment import join_as_single_process, prepare_environment
+from ..parallel.environment import end_process, join_as_single_process, prepare_environment
 
 prepare_environment()  # transformers and DeepSpeed read it when they are imported
 
@@ -138,7 +138,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(json.dumps({"mean_loss": mean_loss, "peak_memory_bytes": peak}), file=out)
     out.flush()
-    os._exit(0)  # process groups of one rank need no farewell
+    end_process()
 
 
 def ours(job: Job, turns: Turns) -> float:

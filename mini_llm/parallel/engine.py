@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +24,13 @@ from transformers.integrations import unset_hf_deepspeed_config
 from mini_llm.launch.note import FINISHED, write_note
 
 from .clipping import clips_in_its_kernel, global_norm, take_over, tell
-from .environment import LaunchRequest, join_as_single_process, launch_request, world_size
+from .environment import (
+    LaunchRequest,
+    end_process,
+    join_as_single_process,
+    launch_request,
+    world_size,
+)
 from .expert_parallel import check_expert_parallel
 from .held_bytes import optimizer_tensors
 from .watchdog import beat, collective_seconds, finish, report_exceptions
@@ -336,16 +341,11 @@ def optimizer_step(model: nn.Module, optimizer: Any, max_grad_norm: float) -> to
 def leave(accelerator: Accelerator) -> NoReturn:
     """End this rank with status 0, once all ranks are here; the last call of a recipe.
 
-    Without Python's own teardown: a gloo thread may still hold the last collective's tensors then,
-    and when it lets go of one while the interpreter goes down, the rank aborts ("terminate called
-    without an active exception", torch 2.13, ``ProcessGroupGloo::runLoop``). The launcher would
-    call a finished run failed.
+    Without Python's own teardown, for :func:`~.environment.end_process`'s reason.
     """
     accelerator.wait_for_everyone()
     write_note(FINISHED)  # what may still go wrong here is no reason to start again
     finish()
     for tracker in accelerator.trackers:
         tracker.finish()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_process()

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import statistics
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,7 +19,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mini_llm.parallel.environment import join_as_single_process, prepare_environment
+from mini_llm.parallel.environment import (
+    end_process,
+    join_as_single_process,
+    prepare_environment,
+)
 
 prepare_environment()
 
@@ -324,9 +327,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if job.rank == 0:
         write_rows(arguments.result, rows)
     job.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as parallel.engine.leave: gloo may abort in Python's own teardown
+    end_process()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mini_llm.parallel.engine import spare_cpu_the_extension_build
-from mini_llm.parallel.environment import join_as_single_process, prepare_environment
+from mini_llm.parallel.environment import (
+    end_process,
+    join_as_single_process,
+    prepare_environment,
+)
 
 prepare_environment()
 join_as_single_process()
@@ -166,3 +170,4 @@ def reproduce(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     print(json.dumps(reproduce(Path(sys.argv[1]))))
+    end_process()

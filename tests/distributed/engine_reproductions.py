@@ -17,7 +17,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mini_llm.parallel.engine import spare_cpu_the_extension_build
-from mini_llm.parallel.environment import join_as_single_process, prepare_environment
+from mini_llm.parallel.environment import (
+    end_process,
+    join_as_single_process,
+    prepare_environment,
+)
 
 prepare_environment()
 join_as_single_process()
@@ -57,3 +61,4 @@ if __name__ == "__main__":
             for bf16 in (False, True)
         }
     print(json.dumps(facts))
+    end_process()

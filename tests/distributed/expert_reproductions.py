@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mini_llm.parallel.engine import spare_cpu_the_extension_build
-from mini_llm.parallel.environment import prepare_environment, rank
+from mini_llm.parallel.environment import end_process, prepare_environment, rank
 
 prepare_environment()
 spare_cpu_the_extension_build()
@@ -116,3 +116,4 @@ if __name__ == "__main__":
     if rank() == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
     torch.distributed.barrier()
+    end_process()

@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mini_llm import build_model
+from mini_llm.parallel.environment import end_process
 from mini_llm.training.balancing import (
     ExpertLoad,
     bias_spread,
@@ -129,7 +130,8 @@ def _rank(rank: int, world_size: int, store: str, results: str) -> None:
     update_expert_bias(model, load, speed=1e-3)
     biases = [router.e_score_correction_bias for router in find_routers(model).values()]
     torch.save((load.counts, torch.stack(biases)), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    end_process()
 
 
 @pytest.mark.slow
