@@ -116,7 +116,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def _not_there(checkpoint: Checkpoint, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    from mini_llm.models import why_not_from_hub
+
+    reason = why_not_from_hub(error)
     if Path(checkpoint.where).is_dir():
         return f"{checkpoint.where} is no model that transformers opens ({reason})"
     return (

@@ -146,27 +146,31 @@ def pretrained_folder(model: str, *, flag: str = "--model") -> Path:
             "pretraining run (recipes/pretrain.py), or a hub id"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        # Their own texts are paragraphs of advice for programmers.
-        if isinstance(error, RepositoryNotFoundError):
-            reason = "it has no such model, or shows it to others alone"
-        elif isinstance(error, LocalEntryNotFoundError):
-            reason = "it is not cached, and the hub cannot be asked"
-        else:
-            reason = " ".join(str(error).split())
         raise ValueError(
-            f"{flag}: {model} is no local folder and cannot be had from the hub ({reason}); check "
-            "the name, HF_ENDPOINT and, for a private model, HF_TOKEN"
+            f"{flag}: {model} is no local folder and cannot be had from the hub "
+            f"({why_not_from_hub(error)}); check the name, HF_ENDPOINT and, for a private model, "
+            "HF_TOKEN"
         ) from error
+
+
+def why_not_from_hub(error: Exception) -> str:
+    """A clause that says why the hub's client gave no model.
+
+    Its own texts are paragraphs of advice for programmers.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such model, or shows it to others alone"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not cached, and the hub cannot be asked"
+    return " ".join(str(error).split())[:300]
 
 
 def check_model(model: str) -> None:

@@ -511,7 +511,11 @@ def test_a_model_that_is_neither_here_nor_on_a_hub_in_reach_is_one_sentence() ->
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "owner/no-such-model is no folder here and cannot be had from the hub" in line
+    assert line == (
+        "error: owner/no-such-model is no folder here and cannot be had from the hub (it is not "
+        "cached, and the hub cannot be asked); check the path, or the id with HF_ENDPOINT and "
+        "HF_TOKEN"
+    )
 
 
 def test_rows_packed_with_another_tokenizer_are_refused(
