@@ -6,6 +6,7 @@
     python -m mini_llm.bench attention --documents 10
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 \\
         -m mini_llm.bench experts --experts 64
+    python -m mini_llm.bench recipes --model mini_llama3 --precision bf16 --rows 32 --seq_len 2048
     python -m mini_llm.bench generation --batch 1 8
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
     nice python -m mini_llm.bench learning --keep output/learning
@@ -13,7 +14,8 @@
 
 Those of traffic are computed by a formula, those of learning are losses. The others are medians,
 with minimum and maximum, of variants that take turns: on a CPU of CPU time, which other work on the
-machine hardly touches, on a GPU of its own time. Set OMP_NUM_THREADS=1 for figures of one thread.
+machine hardly touches, on a GPU of its own time; but those of recipes, which follow each other, and
+of checkpoint are by the clock. Set OMP_NUM_THREADS=1 for figures of one thread.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +43,24 @@ def all_commands(device: str, steps: int) -> list[list[str]]:
     """The command lines of `all`."""
     size, tiny = (LARGE, "") if device == "cuda" else (SMALL, "_tiny")
     count = ["--steps", str(steps)]
+    peers = ["bare", "trainer", "accelerate"]
+    if device == "cuda":
+        peers += ["trainer_compile", *(["trainer_fast"] if find_spec("liger_kernel") else [])]
+    # On a GPU 64k tokens a step, in two passes because others keep all logits.
+    passes = ["--micro_batches", "2"] if device == "cuda" else []
     commands = [
         [
-            *("step", "--model", f"{model}{tiny}", *size, *count, "--precision", precision),
-            *("--engine", "none", "zero1", "--peers", "bare", "trainer", "accelerate"),
+            *("step", "--model", f"{model}{tiny}", *size, *passes, *count),
+            *("--precision", precision, "--engine", "none", "zero1", "--peers", *peers),
         ]
         for model in PRESETS
         for precision in ("fp32", "bf16")
     ]
+    if device == "cuda":
+        whole = ["--rows", "32", "--seq_len", "2048", "--precision", "bf16"]
+        commands.append(["recipes", *whole, *count, "--device", device])
+    else:
+        commands.append(["recipes", "--model", "mini_llama3_tiny", *size, *count])
     for part in PARTS:
         models = PRESETS if part == "model" else [_DEFAULT_MODELS.get(part, "mini_deepseekv3")]
         for model in models:
@@ -93,7 +106,26 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("true", "false"),
         help="layers compiled or not, or each engine both ways (default: as the recipes, on a GPU)",
     )
-    of_step.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
+    of_recipes = what.add_parser(
+        "recipes",
+        help="tokens a second of pretraining and packed fine-tuning, as launched",
+    )
+    of_recipes.add_argument(
+        "--model", nargs="+", default=PRESETS, help=f"presets (default: {' '.join(PRESETS)})"
+    )
+    of_recipes.add_argument(
+        "--engine",
+        nargs="+",
+        choices=ENGINES,
+        default=["none", "zero1"],
+        help="default: none zero1",
+    )
+    of_recipes.add_argument("--without_sft", action="store_true", help="pretraining alone")
+    of_recipes.add_argument(
+        "--repeats", type=int, default=1, help="launches of each, in turns (default: 1)"
+    )
+    for command in (of_step, of_recipes):
+        command.add_argument("--micro_batches", type=int, default=1, help="of a step (default: 1)")
     of_checkpoint = what.add_parser("checkpoint", help="how long a save keeps training waiting")
     of_checkpoint.add_argument("--engine", choices=ENGINES, default="zero1", help="default: zero1")
     of_parts = [what.add_parser(name, help=help) for name, help in PARTS.items()]
@@ -101,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         name = command.prog.split()[-1]
         model = _DEFAULT_MODELS.get(name, "mini_deepseekv3")
         command.add_argument("--model", default=model, help="preset (default: %(default)s)")
+    for command in (of_step, of_recipes, of_checkpoint, *of_parts):
         command.add_argument(
             "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
         )
@@ -211,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     of_all.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
     of_all.add_argument("--input", type=Path, nargs="+", help="text, to measure data on too")
-    for command in (of_step, *of_parts, of_generation, of_all):
+    for command in (of_step, of_recipes, *of_parts, of_generation, of_all):
         command.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
         )
@@ -301,6 +334,23 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             device=args.device,
         )
         return figures, generation.markdown(figures)
+    if args.what == "recipes":
+        from . import recipes
+
+        figures = recipes.run(
+            args.model,
+            args.engine,
+            args.model_overrides,
+            sft=not args.without_sft,
+            precision=args.precision,
+            rows=args.rows,
+            seq_len=args.seq_len,
+            micro_batches=args.micro_batches,
+            steps=args.steps,
+            repeats=args.repeats,
+            device=args.device,
+        )
+        return figures, recipes.markdown(figures)
     if args.what == "learning":
         from . import learning
 

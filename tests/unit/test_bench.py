@@ -155,7 +155,6 @@ def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast_and_waits_for_no
     assert waits == {f"recipe, engine {name}": 0 for name in engines[1:]}
 
 
-@pytest.mark.slow
 def _calls_of_a_step(source: str, function: str) -> list[str]:
     """What the loop over steps in `function` calls, in order, by the names it is called by.
 
@@ -270,7 +269,9 @@ def test_all_writes_the_figures_of_each_of_its_commands(
 ) -> None:
     commands = bench.all_commands("cpu", 2)
     kinds = [command[0] for command in commands]
-    assert {*PARTS, "step", "checkpoint", "generation", "attention", "traffic"} == set(kinds)
+    assert {*PARTS, "step", "recipes", "checkpoint", "generation", "attention", "traffic"} == set(
+        kinds
+    )
     for command in [*commands, *bench.all_commands("cuda", 20)]:
         bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
     monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
