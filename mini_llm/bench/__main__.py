@@ -43,24 +43,21 @@ def all_commands(device: str, steps: int) -> list[list[str]]:
     """The command lines of `all`."""
     size, tiny = (LARGE, "") if device == "cuda" else (SMALL, "_tiny")
     count = ["--steps", str(steps)]
-    peers = ["bare", "trainer", "accelerate"]
-    if device == "cuda":
+    peers, of_step = ["bare", "trainer", "accelerate"], size
+    of_recipes = ["--model", "mini_llama3_tiny", *size]
+    if device == "cuda":  # 64k tokens a step; all loops are there at once, and some keep all logits
         peers += ["trainer_compile", *(["trainer_fast"] if find_spec("liger_kernel") else [])]
-    # On a GPU 64k tokens a step, in two passes because others keep all logits.
-    passes = ["--micro_batches", "2"] if device == "cuda" else []
+        of_step = ["--rows", "8", "--micro_batches", "4", *size[2:]]
+        of_recipes = ["--rows", "32", *size[2:], "--precision", "bf16"]
     commands = [
         [
-            *("step", "--model", f"{model}{tiny}", *size, *passes, *count),
-            *("--precision", precision, "--engine", "none", "zero1", "--peers", *peers),
+            *("step", "--model", f"{model}{tiny}", *of_step, *count, "--precision", precision),
+            *("--engine", "none", "zero1", "--peers", *peers),
         ]
         for model in PRESETS
         for precision in ("fp32", "bf16")
     ]
-    if device == "cuda":
-        whole = ["--rows", "32", "--seq_len", "2048", "--precision", "bf16"]
-        commands.append(["recipes", *whole, *count, "--device", device])
-    else:
-        commands.append(["recipes", "--model", "mini_llama3_tiny", *size, *count])
+    commands.append(["recipes", *of_recipes, *count])
     for part in PARTS:
         models = PRESETS if part == "model" else [_DEFAULT_MODELS.get(part, "mini_deepseekv3")]
         for model in models:
