@@ -32,17 +32,21 @@ def require_own_file_system(disk: Path) -> None:
         pytest.skip(f"no file system of one's own here: {done.stderr.strip()}")
 
 
-# A checkpoint is 1.8 MB: first the engine's 1.4 (by torch.save, whose error does not say why), then
-# the stock checkpoint (by safetensors).
+# A checkpoint is 1.8 MB. Each rank begins with the engine's files, 1.4 MB in all (by torch.save,
+# whose error does not say why); then rank 0 writes the stock checkpoint (by safetensors). The
+# larger disk lacks room for the last file: rank 0's, or rank 1's if that is the later one.
+TORCH_SAVE, SAFETENSORS = "inline_container", "No space left on device"
+
+
 @pytest.mark.parametrize(
-    ("small", "writer"),
+    ("small", "writers"),
     [
-        ("2400k", "inline_container"),
-        pytest.param("3400k", "No space left on device", marks=pytest.mark.slow),
+        ("2400k", [TORCH_SAVE]),
+        pytest.param("3400k", [TORCH_SAVE, SAFETENSORS], marks=pytest.mark.slow),
     ],
 )
 def test_disk_full_during_a_save_leaves_the_earlier_checkpoint_and_the_same_command_goes_on(
-    tiny_data: TinyData, tmp_path: Path, small: str, writer: str
+    tiny_data: TinyData, tmp_path: Path, small: str, writers: list[str]
 ) -> None:
     disk, logs = tmp_path / "disk", tmp_path / "logs"
     disk.mkdir()
@@ -64,7 +68,8 @@ def test_disk_full_during_a_save_leaves_the_earlier_checkpoint_and_the_same_comm
     assert done.returncode == 0, done.stderr + full + (logs / "again").read_text()
     (sentence, *_) = [line for line in full.splitlines() if "OSError: the checkpoint of" in line]
     assert f"checkpoint of step 4 could not be written to {disk}/run/checkpoints" in sentence
-    assert "0.00 GiB were free on its disk" in sentence and writer in sentence
+    assert "0.00 GiB were free on its disk" in sentence
+    assert any(writer in sentence for writer in writers), sentence
     # Nothing half is left, and the whole one passes the check of its bytes.
     assert (logs / "left").read_text().split() == ["step-2"]
     again = (logs / "again").read_text()
