@@ -39,6 +39,7 @@ from .measure import (
 LOGGING_STEPS = 5
 WARMUP_STEPS = 2 * LOGGING_STEPS  # torch.compile, caches; an interval ends with them
 ROWS = 512  # of the data, at least
+SHORTEST_ROW = 64  # tokens: the made-up conversations, with their template, must fit
 MEAN_DOCUMENT = 290  # tokens; in shorter rows a quarter of one
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 
@@ -94,13 +95,15 @@ def run(
 ) -> dict[str, Any]:
     """Launch every model's recipes under every engine; print the table and return the figures.
 
-    Raises ValueError for counts below 1, and RuntimeError with its last words where a run fails, or
-    is not of the engine asked for.
+    Raises ValueError for counts below 1 and rows too short for a conversation, and RuntimeError
+    with its last words where a run fails, or is not of the engine asked for.
     """
     counts = {"rows": rows, "micro_batches": micro_batches, "steps": steps, "repeats": repeats}
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"--{name} is {count}; it must be at least 1")
+    if seq_len < SHORTEST_ROW:
+        raise ValueError(f"--seq_len is {seq_len}; it must be at least {SHORTEST_ROW}")
     device = choose_device(device).type
     size = Size(precision, rows, seq_len, micro_batches, steps, device)
     fields = {model: without_mtp(model, overrides) for model in models}

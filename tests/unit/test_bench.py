@@ -272,8 +272,14 @@ def test_all_writes_the_figures_of_each_of_its_commands(
     assert {*PARTS, "step", "recipes", "checkpoint", "generation", "attention", "traffic"} == set(
         kinds
     )
-    for command in [*commands, *bench.all_commands("cuda", 20)]:
+    on_a_gpu = bench.all_commands("cuda", 20)
+    for command in [*commands, *on_a_gpu]:
         bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
+    for command in on_a_gpu:
+        args = bench.build_parser().parse_args(command)
+        if args.what in ("step", "recipes"):
+            assert args.rows * args.micro_batches * args.seq_len == 65_536
+            assert args.what == "recipes" or {"trainer", "trainer_compile"} < set(args.peers)
     monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
     figures, table = tmp_path / "figures.json", tmp_path / "tables.md"
     bench.main(["all", "--device", "cpu", "--json", str(figures), "--markdown", str(table)])

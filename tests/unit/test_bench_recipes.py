@@ -32,6 +32,7 @@ def test_both_recipes_take_the_flags_and_mean_the_same_step_by_them(
         assert args.max_steps == 10 + 20 and args.bf16
         assert args.deepspeed == "ds_configs/zero1.json"
     assert sft.model == str(Path(pretrain.output_dir, "final")) and sft.packing
+    assert sft.num_train_epochs == 0  # they would decide the number of steps
     assert pretrain.data["made_up"]["path"] != sft.data["made_up"]["path"]
     if "deepseek" in model:  # the model's own config, and not the quickstart's
         assert pretrain.expert_bias_update_speed == 0.001
@@ -53,10 +54,13 @@ def test_the_first_steps_do_not_count(tmp_path: Path) -> None:
     assert counted(tmp_path) == [{"step": 15}, {"step": 20}]
 
 
-def test_counts_below_one_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("flag", "value", "least"), [("steps", 0, 1), ("seq_len", 63, 64)])
+def test_counts_that_cannot_be_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], flag: str, value: int, least: int
+) -> None:
     with pytest.raises(SystemExit):
-        bench.main(["recipes", "--model", "mini_llama3_tiny", "--steps", "0"])
-    assert capsys.readouterr().err == "--steps is 0; it must be at least 1\n"
+        bench.main(["recipes", "--model", "mini_llama3_tiny", f"--{flag}", str(value)])
+    assert capsys.readouterr().err == f"--{flag} is {value}; it must be at least {least}\n"
 
 
 def test_a_launch_that_fails_says_its_last_words(tmp_path: Path) -> None:
