@@ -89,7 +89,7 @@ from mini_llm.training.run_folder import (
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.samples import PromptSamples, check_prompt_lengths, check_prompts
 from mini_llm.training.saving import CheckpointWriter
-from mini_llm.training.sizes import count_parameters, training_flops_per_token
+from mini_llm.training.sizes import count_parameters, training_flops
 from mini_llm.training.timing import StepTimer
 
 
@@ -255,7 +255,7 @@ def main(args: PretrainArguments) -> None:
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
     timer = StepTimer(
         accelerator,
-        flops_per_token=training_flops_per_token(config, parameters, args.seq_len),
+        flops=training_flops(config, parameters, args.seq_len),
         peak=args.peak_flops,
     )
     print_banner(args, accelerator, model, parameters, held_out, identity, hosts, start_step)
@@ -330,6 +330,7 @@ def main(args: PretrainArguments) -> None:
                         documents=batch["documents"],
                         labels=batch["labels"],
                         num_items_in_batch=sums[0],
+                        num_target_tokens=batch["num_target_tokens"],
                         use_cache=False,
                     )
                     loss, parts = combine_losses(
@@ -371,7 +372,7 @@ def main(args: PretrainArguments) -> None:
                 log.rewind(step)
                 timer.restart()
                 continue
-        timer.end_step(args.global_batch_tokens)
+        timer.end_step(args.global_batch_tokens, num_targets)
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds

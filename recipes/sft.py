@@ -92,7 +92,7 @@ from mini_llm.training.run_folder import (
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.samples import PromptSamples, check_prompts
 from mini_llm.training.saving import CheckpointWriter
-from mini_llm.training.sizes import count_parameters, training_flops_per_token
+from mini_llm.training.sizes import count_parameters, training_flops
 from mini_llm.training.timing import StepTimer
 
 
@@ -254,7 +254,9 @@ def main(args: SftArguments) -> None:
     log = MetricsLog(output_dir, accelerator, start_step=start_step, max_steps=args.max_steps)
     timer = StepTimer(
         accelerator,
-        flops_per_token=training_flops_per_token(config, parameters, args.seq_len),
+        flops=training_flops(
+            config, parameters, args.seq_len, predict_further=args.mtp_loss_weight > 0
+        ),
         peak=args.peak_flops,
     )
     print_banner(args, accelerator, model, parameters, held_out, identity, hosts, start_step)
@@ -324,6 +326,7 @@ def main(args: SftArguments) -> None:
                         documents=batch["documents"],
                         labels=batch["labels"],
                         num_items_in_batch=sums[0],
+                        num_target_tokens=batch["num_target_tokens"],
                         use_cache=False,
                         **forward_options,
                     )
@@ -366,7 +369,7 @@ def main(args: SftArguments) -> None:
                 log.rewind(step)
                 timer.restart()
                 continue
-        timer.end_step(args.global_batch_tokens)
+        timer.end_step(args.global_batch_tokens, num_targets)
         log.advance()
 
         if step == start_step + 1:  # now the optimizer state exists: record what each rank holds

@@ -41,7 +41,7 @@ from ..evaluate.held_out import evaluate_held_out
 from ..models import empty_model, preset_config
 from ..training.arguments import REPOSITORY, PretrainArguments, parse_arguments
 from ..training.run_folder import code_version, write_json
-from ..training.sizes import count_parameters, training_flops_per_token
+from ..training.sizes import count_parameters, training_flops
 from .measure import machine, markdown_table
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
@@ -215,10 +215,7 @@ def active_size(model: str, **overrides: Any) -> dict[str, int]:
     return {
         "total_without_embedding": counts.total - embedding,
         "active_without_embedding": counts.active - embedding,
-        "flops_per_token_without_head": round(
-            training_flops_per_token(config, counts, SEQ_LEN)
-            - 6 * embedding * (1 + getattr(config, "num_nextn_predict_layers", 0))
-        ),
+        "flops_per_token_without_head": round(training_flops(config, counts, SEQ_LEN).layers),
     }
 
 

@@ -160,6 +160,7 @@ def ours(job: Job, turns: Turns) -> float:
     from ..training.metrics import TokenCounter
     from ..training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
     from ..training.saving import CheckpointWriter
+    from ..training.sizes import TrainingFlops
     from ..training.timing import StepTimer
 
     args = PretrainArguments(output_dir="", model="", tokenizer="", bf16=job.bf16)
@@ -178,7 +179,7 @@ def ours(job: Job, turns: Turns) -> float:
     model, optimizer = accelerator.prepare(model, optimizer)
     tokens = TokenCounter(accelerator, sources=["made_up"])
     bad_steps = BadSteps(args, accelerator)
-    timer = StepTimer(accelerator, flops_per_token=0.0, peak=None)
+    timer = StepTimer(accelerator, flops=TrainingFlops(0.0, 0.0), peak=None)
     interruption = Interruption(max_hours=None, save_minutes=0)
     saving = CheckpointWriter(
         accelerator, Path(job.folder), total_limit=1, announce=lambda saved: None
@@ -228,6 +229,7 @@ def ours(job: Job, turns: Turns) -> float:
                         documents=batch["documents"],
                         labels=batch["labels"],
                         num_items_in_batch=sums[0],
+                        num_target_tokens=batch["num_target_tokens"],
                         use_cache=False,
                     )
                     loss, parts = combine_losses(
@@ -252,7 +254,7 @@ def ours(job: Job, turns: Turns) -> float:
         fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=False)
         if fault is not None:
             raise RuntimeError(str(fault))
-        timer.end_step(job.rows)
+        timer.end_step(job.rows, num_targets)
         losses.append(step_losses["train/loss"])
         if not turns.step_done():
             return torch.stack(losses).mean().item()

@@ -15,6 +15,7 @@ PEERS = {
 }
 PARTS = {
     "loss": "the LM head and its loss, and with all logits at once",
+    "sft_loss": "the same where 3 of 5 positions are supervised, and computing them all",
     "moe": "a layer's experts, and by transformers",
     "delta_net": "the gated delta rule, and by transformers",
     "optimizer": "AdamW's update, fused and by single operations",

@@ -1,6 +1,7 @@
 """Parts of a training step, forward and backward if they have both, against plain or stock forms.
 
 - ``loss``: the LM head and its loss, chunk by chunk, against all logits in fp32;
+- ``sft_loss``: the same where 3 of 5 positions are supervised, against computing them all;
 - ``moe``: the routed experts of a layer, grouped, against one expert after another and against
   transformers' grouped kernel;
 - ``delta_net``: the gated delta rule by chunks, against transformers' own;
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,11 @@ from transformers.utils.logging import disable_progress_bar
 from ..models import build_model
 from ..models.common.delta_net import delta_rule, find_kernels
 from ..models.common.experts import Experts, eager_experts
-from ..models.common.loss import linear_cross_entropy, linear_cross_entropy_reference
+from ..models.common.loss import (
+    IGNORE_INDEX,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from ..training.optimizer import build_optimizer
 from .measure import (
     choose_device,
@@ -45,6 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest difference of two forms' results, as a share of the largest result.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 OURS = "ours"
+ANSWER = 16  # positions: the unit of spans that are supervised or not
 
 
 @dataclass(frozen=True)
@@ -79,19 +86,29 @@ class Shape:
 Form = Callable[[], torch.Tensor]
 
 
-def loss_head(shape: Shape) -> dict[str, Form]:
-    """(N, D) hidden states and (V, D) weights to the summed loss, N = rows · seq_len."""
+def loss_head(shape: Shape, *, supervised: float = 1.0) -> dict[str, Form]:
+    """(N, D) hidden states and (V, D) weights to the summed loss, N = rows · seq_len.
+
+    ``supervised`` is the share of positions with a target, in spans as answers are.
+    """
     config = shape.build().config
     N, D, V = shape.rows * shape.seq_len, config.hidden_size, config.vocab_size
     hidden, weight = shape.randn(N, D), shape.randn(V, D)
     with torch.no_grad():
         weight.mul_(D**-0.5)
     targets = torch.randint(V, (N,), device=shape.device)
+    span = torch.arange(N, device=shape.device) // ANSWER % 10
+    targets[span >= 10 * supervised] = IGNORE_INDEX
+    num_targets = int((targets != IGNORE_INDEX).sum())
 
     def form(function: Callable[..., torch.Tensor]) -> Form:
         return _form(lambda: function(hidden, weight, targets), [hidden, weight])
 
-    return {OURS: form(linear_cross_entropy), "all logits": form(linear_cross_entropy_reference)}
+    forms = {"all logits": form(linear_cross_entropy_reference)}
+    if supervised == 1.0:
+        return {OURS: form(linear_cross_entropy)} | forms
+    ours = partial(linear_cross_entropy, num_targets=num_targets)
+    return {OURS: form(ours), "every position": form(linear_cross_entropy)} | forms
 
 
 def moe(shape: Shape) -> dict[str, Form]:
@@ -209,6 +226,7 @@ def model(shape: Shape) -> dict[str, Form]:
 
 PARTS: dict[str, Callable[[Shape], dict[str, Form]]] = {
     "loss": loss_head,
+    "sft_loss": partial(loss_head, supervised=0.6),
     "moe": moe,
     "delta_net": delta_net,
     "optimizer": optimizer,

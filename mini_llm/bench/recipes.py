@@ -129,7 +129,7 @@ def run(
             rate = statistics.median(each["perf/tokens_per_second"] for each in now)
             print(f"{number} of {len(runs)}: {one.name()}: {rate:,.0f} tokens/s", flush=True)
     figures = {
-        name: {**_figures(found), "kernels": facts[name]["kernels"]}
+        name: {**_figures(found, size), "kernels": facts[name]["kernels"]}
         for name, found in intervals.items()
     }
     for one in runs:
@@ -224,7 +224,7 @@ def counted(place: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["step"] > WARMUP_STEPS]
 
 
-def _figures(intervals: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(intervals: list[dict[str, Any]], size: Size) -> dict[str, Any]:
     """Medians over the intervals of all repeats."""
 
     def values(name: str) -> list[float]:
@@ -232,11 +232,16 @@ def _figures(intervals: list[dict[str, Any]]) -> dict[str, Any]:
 
     mfu = values("mfu")
     parts = ("step", "data", "forward", "backward", "optimizer")
+    # Pretraining does not log how many: all but each document's first.
+    name = "train/supervised_tokens"
+    counts = [each[name] for each in intervals if name in each]
+    tokens = size.rows_per_step * size.seq_len
     return {
         "intervals": len(intervals),
         "tokens_per_second": statistics.median(values("tokens_per_second")),
         "range": [min(values("tokens_per_second")), max(values("tokens_per_second"))],
         "mfu": None if None in mfu else statistics.median(mfu),
+        "supervised": statistics.mean(counts) / tokens if counts else None,
         **{
             f"{part}_milliseconds": [1e3 * seconds for seconds in values(f"{part}_seconds")]
             for part in parts
@@ -248,7 +253,7 @@ def _figures(intervals: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> str:
     """The figures as a table, with the line that says on what."""
     parts = ("step", "data", "forward", "backward", "optimizer")
-    header = ["run", "tokens/s", "÷ the first", "÷ its pretraining", "MFU"]
+    header = ["run", "tokens/s", "÷ the first", "÷ its pretraining", "supervised", "MFU"]
     header += [*(f"{part} ms" for part in parts), "peak MiB"]
     table = []
     for name, of in found["runs"].items():
@@ -260,6 +265,7 @@ def markdown(found: dict[str, Any]) -> str:
                 f"{of['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})",
                 f"{of['over_first']:.3f}",
                 f"{of['over_pretraining']:.3f}",
+                "–" if of["supervised"] is None else f"{of['supervised']:.1%}",
                 "–" if of["mfu"] is None else f"{of['mfu']:.1%}",
                 median_and_range(step),
                 *(f"{statistics.median(each):.3g}" for each in others),

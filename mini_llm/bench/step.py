@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..models import build_model
 from ..training.arguments import REPOSITORY
-from ..training.sizes import count_parameters, training_flops_per_token
+from ..training.sizes import count_parameters, training_flops
 from ..training.timing import peak_flops
 from .loops import TOKENS, WEIGHTS, Job
 from .measure import (
@@ -78,7 +78,7 @@ def run(
     set_seed(0)
     built = build_model(model, max_position_embeddings=seq_len, **overrides)
     parameters = count_parameters(built)
-    flops = training_flops_per_token(built.config, parameters, seq_len)
+    flops = training_flops(built.config, parameters, seq_len).per_token
     with tempfile.TemporaryDirectory() as folder:
         disable_progress_bar()
         built.save_pretrained(Path(folder, WEIGHTS))

@@ -77,6 +77,7 @@ def evaluate(
                 documents=batch["documents"],
                 labels=labels,
                 num_items_in_batch=1,
+                num_target_tokens=batch["num_target_tokens"],
                 use_cache=False,
                 skip_logits=True,
             ).loss

@@ -1,6 +1,7 @@
 """Sizes that can be known before a run: parameters, FLOPs, memory per rank."""
 
 import re
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,22 +60,44 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(total, active, mtp, experts, idle)
 
 
-def training_flops_per_token(
-    config: PreTrainedConfig, parameters: ParameterCounts, seq_len: int
-) -> float:
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of forward and backward passes; only a supervised token needs logits."""
+
+    layers: float  # of a token
+    head: float  # of a supervised token
+
+    @property
+    def per_token(self) -> float:
+        """Of a token where every one is supervised."""
+        return self.layers + self.head
+
+
+def training_flops(
+    config: PreTrainedConfig,
+    parameters: ParameterCounts,
+    seq_len: int,
+    *,
+    predict_further: bool = True,
+) -> TrainingFlops:
     """FLOPs of one token's forward and backward pass.
 
     6 per weight that multiplies (Kaplan et al. 2020, §2.1) – the input embedding only looks up, the
     head multiplies once for the main loss and once for each MTP depth – plus what mixes tokens:
     attention scores and values, or the delta rule. Attention counts all T² scores, not the causal
     half, as PaLM (appendix B) and others do for MFU; recomputation does not count.
+    ``predict_further`` False leaves the MTP layers out, where the model has any.
     """
-    embedding = config.vocab_size * config.hidden_size
     multiplied = parameters.total - parameters.idle_experts
-    if not config.tie_word_embeddings:
-        multiplied -= embedding
-    multiplied += embedding * getattr(config, "num_nextn_predict_layers", 0)
-    return 6.0 * multiplied + mixing_flops_per_token(config, seq_len)
+    depths = getattr(config, "num_nextn_predict_layers", 0)
+    if depths and not predict_further:
+        config = copy(config)
+        config.num_nextn_predict_layers = depths = 0
+        multiplied = parameters.active
+    embedding = config.vocab_size * config.hidden_size
+    matrices = 1 if config.tie_word_embeddings else 2  # that are no layer's
+    layers = 6.0 * (multiplied - matrices * embedding) + mixing_flops_per_token(config, seq_len)
+    return TrainingFlops(layers, head=6.0 * embedding * (1 + depths))
 
 
 def memory_per_rank(
@@ -185,9 +208,12 @@ def dry_run_report(
         bf16=args.bf16,
         expert_parallel_size=args.expert_parallel_size,
     )
+    flops = training_flops(
+        config, parameters, args.seq_len, predict_further=args.mtp_loss_weight > 0
+    )
     lines = [
         f"model                 {parameters}",
-        f"training FLOPs/token  {training_flops_per_token(config, parameters, args.seq_len):.3e}",
+        f"training FLOPs/token  {flops.per_token:.3e}",
         f"tokens per step       {args.global_batch_tokens:,} = {world_size} rank(s) × "
         f"{micro_batches} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
         f"{args.seq_len} tokens",

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from mini_llm.parallel.clocks import Clock, HostClock, clock_of
 from mini_llm.parallel.collective_times import CollectiveTimes
 
+from .sizes import TrainingFlops
+
 # Dense bf16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -41,16 +43,16 @@ def peak_flops(device: torch.device) -> float | None:
 class StepTimer:
     """Times the optimizer steps of an interval, which :meth:`read` and :meth:`restart` begin.
 
-    ``peak`` is one device's FLOP/s (None: what is known of it).
+    ``flops`` are the model's, ``peak`` is one device's FLOP/s (None: what is known of it).
 
-        timer = StepTimer(accelerator, flops_per_token=…, peak=None)
+        timer = StepTimer(accelerator, flops=…, peak=None)
         for step in …:
             timer.begin_step(is_logged=…)
             with timer.part("data"): …
             with timer.part("forward"): …
             with timer.part("backward"): …
             with timer.part("optimizer"): …
-            timer.end_step(tokens)
+            timer.end_step(tokens, targets)
             if it_is_logged:
                 metrics |= timer.read()
             if something_else_was_done:
@@ -62,11 +64,11 @@ class StepTimer:
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, flops_per_token: float, peak: float | None
+        self, accelerator: Accelerator, *, flops: TrainingFlops, peak: float | None
     ) -> None:
         self._accelerator = accelerator
         self._device = accelerator.device
-        self._flops_per_token = flops_per_token
+        self._flops = flops
         self._peak = peak or peak_flops(self._device)
         self._clock = clock_of(self._device)
         self._host = HostClock()
@@ -95,10 +97,15 @@ class StepTimer:
         else:
             self._spans.append((name, begin, end))
 
-    def end_step(self, tokens: int) -> None:
-        """An optimizer step with ``tokens`` (over all ranks, padding included) is done."""
+    def end_step(self, tokens: int, targets: float) -> None:
+        """An optimizer step is done.
+
+        It had ``tokens`` over all ranks, padding included, and ``targets``, supervised tokens, on
+        this one.
+        """
         self._steps += 1
         self._tokens += tokens
+        self._targets += targets
         self._add_up()
 
     def _add_up(self) -> None:
@@ -125,18 +132,19 @@ class StepTimer:
         communication = self._collectives.time.read() if self._times_collectives else math.nan
         self._collectives.close()
         here = [*(seconds / self._steps for seconds in times), communication]
-        here.append(float(self._peak_memory()))
+        here += [self._targets / self._steps, float(self._peak_memory())]
         found = torch.tensor([here], dtype=torch.float64, device=self._device)
         ranks: torch.Tensor = self._accelerator.gather(found)
-        step_seconds, *parts, communication, _ = ranks.mean(0).tolist()
-        rate = self._tokens / self._steps / max(step_seconds, 1e-9)
+        step_seconds, *parts, communication, _, _ = ranks.mean(0).tolist()
+        tokens, targets = self._tokens / self._steps, ranks[:, -2].sum().item()
+        step_seconds = max(step_seconds, 1e-9)
         utilisation = None
         if self._peak is not None:
-            all_devices = self._peak * self._accelerator.num_processes
-            utilisation = rate * self._flops_per_token / all_devices
+            done = tokens * self._flops.layers + targets * self._flops.head
+            utilisation = done / step_seconds / (self._peak * self._accelerator.num_processes)
         self._begin_interval(now)
         return {
-            "perf/tokens_per_second": rate,
+            "perf/tokens_per_second": tokens / step_seconds,
             "perf/mfu": utilisation,
             "perf/step_seconds": step_seconds,
             **{f"perf/{part}_seconds": mean for part, mean in zip(PARTS, parts, strict=True)},
@@ -157,6 +165,7 @@ class StepTimer:
     def _begin_interval(self, now: float) -> None:
         self._began = now
         self._steps = self._tokens = 0
+        self._targets = 0.0
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

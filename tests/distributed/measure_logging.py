@@ -35,6 +35,7 @@ from mini_llm.training.arguments import PretrainArguments
 from mini_llm.training.balancing import bias_spread, take_expert_load
 from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.optimizer import build_optimizer
+from mini_llm.training.sizes import TrainingFlops
 from mini_llm.training.timing import PARTS, StepTimer
 
 STEPS = PretrainArguments(output_dir="", model="", tokenizer="").logging_steps
@@ -59,7 +60,7 @@ def main() -> None:
     log = MetricsLog(Path(folder), accelerator, start_step=0, max_steps=10**6)
     log.say = lambda text: None  # type: ignore[method-assign]
     tokens = TokenCounter(accelerator, sources=["a"])
-    timer = StepTimer(accelerator, flops_per_token=1.0, peak=1e12)
+    timer = StepTimer(accelerator, flops=TrainingFlops(1.0, 0.0), peak=1e12)
     step = 0
     loss: Any = None
     norm: Any = None
@@ -81,7 +82,7 @@ def main() -> None:
             for part in PARTS:
                 with timer.part(part):
                     pass
-            timer.end_step(options.tokens)
+            timer.end_step(options.tokens, options.tokens)
         metrics = {"train/loss": float(accelerator.reduce(loss.detach(), "sum"))}
         metrics |= {"train/grad_norm": float(norm), "train/lr": 1e-3} | tokens.read()
         metrics |= timer.read() | load.metrics() | bias_spread(model)

@@ -101,6 +101,7 @@ def compute(item: dict[str, Any]) -> None:
                     position_ids=batch["position_ids"],
                     labels=batch["labels"],
                     num_items_in_batch=targets[0],
+                    num_target_tokens=batch["num_target_tokens"],
                     use_cache=False,
                     **options,
                 )

@@ -67,6 +67,33 @@ def test_every_parameter_takes_part_in_the_training_loss(model):
     assert missing == []
 
 
+def test_losses_and_gradients_do_not_depend_on_knowing_how_many_tokens_are_supervised(model):
+    tokens = _tokens(4, 160)
+    labels = tokens.clone()
+    labels[:, :40] = labels[:, 90:120] = labels[3] = -100
+    supervised = int((labels[:, 1:] != -100).sum())
+    assert supervised <= 0.7 * labels.numel()
+    heads_rows: list[int] = []
+    head = model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: heads_rows.append(inputs[2]), with_kwargs=False
+    )
+    results = []
+    for known in (supervised, None):
+        model.train().zero_grad()
+        outputs = model(tokens, labels=labels, num_items_in_batch=100, num_target_tokens=known)
+        mtp_loss = getattr(outputs, "mtp_loss", None)
+        (outputs.loss + (0 if mtp_loss is None else mtp_loss)).backward()
+        results.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    head.remove()
+    model.zero_grad()
+    model.eval()
+    heads = len(heads_rows) // 2
+    assert heads_rows == [supervised] * heads + [None] * heads  # multi-token prediction's too
+    assert heads == (2 if mtp_loss is not None else 1)
+    for known, unknown in zip(*results, strict=True):
+        assert (known - unknown).abs().max() <= 1e-5 * unknown.abs().max() + 1e-7
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_resized_untied_embeddings_survive_a_later_post_init(name):
     model = build_model(name, **SMALL, tie_word_embeddings=False)

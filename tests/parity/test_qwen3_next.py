@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3NextForCausalL
 from mini_llm import build_model, load_model
 from mini_llm.bench.operators import Operators
 from mini_llm.models.qwen3_next import kernels_in_use
-from mini_llm.training.sizes import count_parameters, training_flops_per_token
+from mini_llm.training.sizes import count_parameters, training_flops
 
 SMALL = {"vocab_size": 160, "pad_token_id": 0, "eos_token_id": 0}
 
@@ -375,7 +375,7 @@ def test_the_training_flops_are_those_of_the_operators():
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(tokens, labels=tokens, use_cache=False).loss.backward()
     parameters = count_parameters(model)
-    expected = training_flops_per_token(model.config, parameters, 512) * 512
+    expected = training_flops(model.config, parameters, 512).per_token * 512
     # 1% apart: in the first of 8 chunks the state is empty and has no gradient.
     assert abs(counter.get_total_flops() / expected - 1) <= 0.015
 

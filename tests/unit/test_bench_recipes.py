@@ -96,6 +96,10 @@ def test_pretraining_and_fine_tuning_are_launched_under_each_engine_and_their_ra
         assert of["intervals"] == 2 and of["peak_memory_bytes"] > 0
         step = statistics.median(2 * 64 / (ms / 1e3) for ms in of["step_milliseconds"])
         assert of["tokens_per_second"] == pytest.approx(step)
+        if "sft" in name:  # what user and template say is not supervised
+            assert 0.2 < of["supervised"] < 0.9
+        else:
+            assert of["supervised"] is None
         assert of["over_first"] == pytest.approx(of["tokens_per_second"] / first)
         assert f"| {name} |" in table.read_text()
         ours = of["tokens_per_second"]

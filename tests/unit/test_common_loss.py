@@ -43,6 +43,54 @@ def test_bf16_inputs_give_an_fp32_loss_and_close_gradients():
     torch.testing.assert_close(weight.grad, exact_weight.grad, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("chunk_elements", [1, 97 * 130, 1 << 23])
+@pytest.mark.parametrize(
+    ("supervised", "promised"), [(0, 0), (1, 1), (90, 90), (90, 150), (200, 200)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_leaving_out_what_is_not_supervised_changes_neither_loss_nor_gradients(
+    dtype, supervised, promised, chunk_elements, monkeypatch
+):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk_elements)
+    results = []
+    for num_targets in (promised, None):
+        hidden, weight, _ = _inputs(dtype)
+        generator = torch.Generator().manual_seed(1)
+        targets = torch.randint(0, 97, (200,), generator=generator)
+        targets[torch.randperm(200, generator=generator)[supervised:]] = -100
+        loss = linear_cross_entropy(hidden, weight, targets, num_targets)
+        (loss * 0.5).backward()
+        results.append((loss, hidden.grad, weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_logits_are_computed_of_supervised_positions_only_if_their_number_is_known(monkeypatch):
+    computed = []
+    by_operator = loss_module._loss_and_gradient_in_place
+
+    def counting(logits, *rest):
+        computed.append(len(logits))
+        return by_operator(logits, *rest)
+
+    monkeypatch.setattr(loss_module, "_loss_and_gradient_in_place", counting)
+    hidden, weight, targets = _inputs(torch.float32, tokens=2000)
+    targets[:1500] = -100
+    supervised = int((targets != -100).sum())
+    assert supervised == 429
+    for num_targets, expected in [(None, 2000), (supervised, 448), (2000, 2000), (1990, 2000)]:
+        computed.clear()
+        linear_cross_entropy(hidden, weight, targets, num_targets)
+        assert sum(computed) == expected, num_targets
+
+
+def test_a_loss_is_not_a_number_if_more_is_supervised_than_was_promised():
+    hidden, weight, targets = _inputs(torch.float32)  # 171 are supervised
+    assert linear_cross_entropy(hidden, weight, targets, 100).isnan()
+    assert linear_cross_entropy(hidden, weight, targets, 171).isfinite()
+
+
 def test_all_targets_ignored_gives_zero_loss_and_zero_gradient():
     hidden, weight, targets = _inputs(torch.float32)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))

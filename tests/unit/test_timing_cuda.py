@@ -17,6 +17,7 @@ from mini_llm.parallel.transfer import to_device
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import take_expert_load, update_expert_bias
 from mini_llm.training.optimizer import build_optimizer
+from mini_llm.training.sizes import TrainingFlops
 from mini_llm.training.timing import StepTimer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -30,7 +31,7 @@ def waiting_is_an_error():
 
 
 def test_parts_of_a_step_are_the_times_of_the_stream(waiting_is_an_error):
-    timer = StepTimer(Accelerator(), flops_per_token=1.0, peak=None)
+    timer = StepTimer(Accelerator(), flops=TrainingFlops(1.0, 0.0), peak=None)
     torch.cuda._sleep(1000)
     timer.restart()
     waiting_is_an_error()
@@ -40,7 +41,7 @@ def test_parts_of_a_step_are_the_times_of_the_stream(waiting_is_an_error):
             torch.cuda._sleep(20_000_000)
         with timer.part("backward"):
             torch.cuda._sleep(40_000_000)
-        timer.end_step(100)
+        timer.end_step(100, 100)
     torch.cuda.set_sync_debug_mode("default")
     found = timer.read()
     forward, backward = found["perf/forward_seconds"], found["perf/backward_seconds"]
@@ -57,7 +58,7 @@ def test_a_step_between_logged_ones_waits_for_nothing(waiting_is_an_error):
     )
     optimizer = accelerator.prepare(optimizer)
     bad_steps = BadSteps(SimpleNamespace(bad_step_policy="skip", max_loss_jump=0.0), accelerator)
-    timer = StepTimer(accelerator, flops_per_token=1.0, peak=None)
+    timer = StepTimer(accelerator, flops=TrainingFlops(1.0, 0.0), peak=None)
     rows = [{"input_ids": torch.arange(1, 257).numpy(), "doc_lens": torch.tensor([256]).numpy()}]
     for step in range(1, 5):
         timer.begin_step(is_logged=False)
@@ -80,7 +81,7 @@ def test_a_step_between_logged_ones_waits_for_nothing(waiting_is_an_error):
             norm = engine.optimizer_step(model, optimizer, 1.0)
         update_expert_bias(model, take_expert_load(model), speed=1e-3, grad_norm=norm)
         assert bad_steps.fault(step, loss.detach(), norm, now=False) is None
-        timer.end_step(256)
+        timer.end_step(256, 256)
         collate(rows, "cuda")
         to_device(torch.tensor([255.0, 0.0, 0.0]), "cuda")
         torch.cuda.set_sync_debug_mode("default")

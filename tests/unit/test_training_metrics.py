@@ -15,7 +15,7 @@ from mini_llm.training.sizes import (
     ParameterCounts,
     count_parameters,
     memory_per_rank,
-    training_flops_per_token,
+    training_flops,
 )
 
 
@@ -63,14 +63,23 @@ def triangular_solve_flops(a_shape, b_shape, *args, **kwargs) -> int:
     return math.prod(b_shape) * a_shape[-1]
 
 
+@pytest.mark.parametrize("predict_further", [True, False])
+@pytest.mark.parametrize("supervised", [256, 128])
 @pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_tiny")])
-def test_flops_per_token_equal_an_exact_operator_count(name):
+def test_flops_equal_an_exact_operator_count(name, supervised, predict_further):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = build_model(name, vocab_size=512).train()
+    # Values as wide as keys, else eager attention also multiplies the zeros that fill them up.
+    fields = {"v_head_dim": 32} if "deepseek" in name else {}
+    model = build_model(name, vocab_size=512, **fields).train()
     model.set_attn_implementation("eager")  # its products are plain matmuls, all of them counted
     B, T = 2, 128
     tokens = torch.randint(0, 512, (B, T))
+    labels = tokens.flatten().clone()
+    labels[supervised:] = -100
+    options: dict[str, bool] = {}
+    if hasattr(model.config, "num_nextn_predict_layers"):
+        options["predict_further"] = predict_further
     uncounted = {
         torch.ops.aten._grouped_mm: grouped_mm_flops,
         torch.ops.aten.convolution_backward: depthwise_backward_flops,
@@ -78,13 +87,15 @@ def test_flops_per_token_equal_an_exact_operator_count(name):
         torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     }
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
-        outputs = model(tokens, labels=tokens)
+        outputs = model(tokens, labels=labels.view(B, T), num_target_tokens=supervised, **options)
         loss = outputs.loss
         if getattr(outputs, "mtp_loss", None) is not None:
             loss = loss + outputs.mtp_loss
         loss.backward()
-    stated = training_flops_per_token(model.config, count_parameters(model), T)
-    assert counter.get_total_flops() / (B * T) == pytest.approx(stated, rel=0.02)
+    parameters = count_parameters(model)
+    stated = training_flops(model.config, parameters, T, predict_further=predict_further)
+    expected = B * T * stated.layers + supervised * stated.head
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
 def test_parameters_are_counted_once_and_split_into_active_and_idle():

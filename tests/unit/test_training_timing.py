@@ -6,6 +6,7 @@ import pytest
 from accelerate import Accelerator
 
 from mini_llm.parallel.collective_times import CoveredTime
+from mini_llm.training.sizes import TrainingFlops
 from mini_llm.training.timing import StepTimer
 
 
@@ -36,7 +37,7 @@ class LateClock:
 @pytest.fixture
 def timer(monkeypatch):
     """A timer whose host's clock is ``timer.host`` and whose device's is ``timer.device``."""
-    timer = StepTimer(Accelerator(cpu=True), flops_per_token=6.0, peak=None)
+    timer = StepTimer(Accelerator(cpu=True), flops=TrainingFlops(6.0, 10.0), peak=None)
     timer.host, timer.device = LateClock(), LateClock()
     timer.host.done = 1e9
     monkeypatch.setattr(timer, "_host", timer.host)
@@ -51,7 +52,7 @@ def a_step(timer, parts: dict[str, float], tokens: int = 100) -> None:
         with timer.part(name):
             timer.host.next += seconds
             timer.device.next += seconds
-    timer.end_step(tokens)
+    timer.end_step(tokens, targets=tokens / 4)
 
 
 def test_throughput_and_parts_are_means_over_the_steps_of_their_interval_alone(timer):
@@ -98,13 +99,13 @@ def test_utilisation_is_none_where_the_peak_is_unknown_and_of_all_devices_where_
     assert timer.read()["perf/mfu"] is None
     timer._peak = 1000.0
     a_step(timer, {"forward": 2})
-    assert timer.read()["perf/mfu"] == pytest.approx(100 * 6.0 / 2 / 1000)
+    assert timer.read()["perf/mfu"] == pytest.approx((100 * 6.0 + 25 * 10.0) / 2 / 1000)
 
 
 def test_communication_of_a_step_that_was_not_to_be_logged_is_not_a_number(timer):
     timer.device.done = 1e9
     timer.begin_step(is_logged=False)
-    timer.end_step(1)
+    timer.end_step(1, 1)
     assert math.isnan(timer.read()["perf/communication_seconds"])
 
 

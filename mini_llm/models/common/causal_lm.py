@@ -48,6 +48,7 @@ class CausalLM(MiniPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
+        num_target_tokens: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Tokens (B, T) -> logits (B, T, V), and the loss if there are labels.
@@ -57,7 +58,9 @@ class CausalLM(MiniPreTrainedModel):
         position t predicts. The loss is Σ / ``num_items_in_batch``, by default the batch's own
         supervised tokens. ``skip_logits`` (default: while training with labels) leaves the logits
         out, so that their full matrix never exists. ``logits_to_keep`` n > 0 computes the last n
-        positions', a tensor of positions computes those.
+        positions', a tensor of positions computes those. ``num_target_tokens``, from who knows it
+        on the host (`data.collate` does): how many targets are not −100; the loss then costs
+        those only, and is NaN if there are more.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -74,6 +77,7 @@ class CausalLM(MiniPreTrainedModel):
             num_items_in_batch,
             logits_to_keep,
             skip_logits,
+            num_target_tokens,
         )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -90,6 +94,7 @@ class CausalLM(MiniPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None,
         logits_to_keep: int | torch.Tensor,
         skip_logits: bool | None,
+        num_target_tokens: int | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(B, T, D) and the targets (B, T) -> the loss (or None) and the logits (or None).
 
@@ -100,7 +105,8 @@ class CausalLM(MiniPreTrainedModel):
         if targets_BT is not None:
             if num_items_in_batch is None:
                 num_items_in_batch = (targets_BT != IGNORE_INDEX).sum()
-            loss = self.lm_head(hidden_states, targets=targets_BT) / num_items_in_batch
+            loss_sum = self.lm_head(hidden_states, targets_BT, num_target_tokens)
+            loss = loss_sum / num_items_in_batch
         if skip_logits is None:
             skip_logits = self.training and targets_BT is not None
         if not skip_logits:

@@ -2,7 +2,8 @@
 
 With a vocabulary of 32,000 the fp32 logits of 2,048 tokens are 262 MB, and their gradient as much
 again. The chunked loss computes a few hundred tokens' logits at a time, takes the gradient with
-respect to them while they are there, and throws them away.
+respect to them while they are there, and throws them away. Fine-tuning supervises a part of its
+tokens only: the others' logits are left out if the caller knows how many that part has.
 """
 
 from functools import cache
@@ -21,6 +22,9 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 23
 _GPU_CHUNK_ELEMENTS = 1 << 27
 _GPU_VOCAB_MULTIPLE = 64
+_ROWS_MULTIPLE = 64  # of the positions that are computed when some are left out
+# Picking positions out of memory takes time too: it must save this share of them at least.
+_WORTH_LEAVING_OUT = 1 / 16
 _CACHED_ROWS = 1 << 12  # of a bf16 weight gradient: what a CPU adds up before it leaves its cache
 
 
@@ -91,25 +95,49 @@ def _loss_and_gradient_in_place(
     return loss, gradient.mul_(counted).to(dtype)
 
 
+def _supervised_positions(targets_N: torch.Tensor, num_targets: int | None) -> torch.Tensor | None:
+    """(M,) positions, first all whose target counts; None for all N.
+
+    ``num_targets``, how many count, is known on the host: nobody waits for the device.
+    """
+    if num_targets is None:
+        return None
+    N = len(targets_N)
+    M = min(N, -(-num_targets // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+    if N - M < N * _WORTH_LEAVING_OUT:
+        return None
+    ignored = (targets_N == IGNORE_INDEX).to(torch.uint8)
+    return ignored.argsort(stable=True)[:M]
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """The reference above, computed chunk by chunk; gradients are taken in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        num_targets: int | None,
     ) -> torch.Tensor:
         on_gpu = hidden_ND.device.type == "cuda"
         loss_and_gradient = _compiled_loss_and_gradient() if on_gpu else _loss_and_gradient_in_place
         elements = _GPU_CHUNK_ELEMENTS if on_gpu else _CHUNK_ELEMENTS
-        N = hidden_ND.shape[0]
-        chunk = min(N, max(64, elements // weight_VD.shape[0]))
+        positions = _supervised_positions(targets_N, num_targets)
+        M = len(targets_N) if positions is None else len(positions)
+        chunk = max(1, min(M, max(64, elements // weight_VD.shape[0])))
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        empty = torch.empty_like if positions is None else torch.zeros_like
+        grad_hidden = empty(hidden_ND) if need_hidden else None
         # The first chunk writes it, the others add.
-        blank = torch.empty_like if N else torch.zeros_like
+        blank = torch.empty_like if M else torch.zeros_like
         grad_weight = blank(weight_VD, dtype=torch.float32) if need_weight else None
         added_rows = weight_VD.shape[0] if on_gpu else _CACHED_ROWS
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        if positions is not None:  # fewer promised than there are: not a number, instead of a part
+            counted = (targets_N != IGNORE_INDEX).sum()
+            loss.masked_fill_(counted > M, torch.nan)
         # Autocast would leave products into an existing tensor (addmm_) in fp32.
         dtype = compute_dtype(hidden_ND)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
@@ -117,16 +145,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if on_gpu:  # else cuBLAS takes kernels for rows of any length, at 0.4 of the speed
             weight = F.pad(weight, (0, 0, 0, -V % _GPU_VOCAB_MULTIPLE))
         with full_precision(hidden_ND):
-            for start in range(0, N, chunk):
-                h, targets = hidden[start : start + chunk], targets_N[start : start + chunk]
+            for start in range(0, M, chunk):
+                here: Any = slice(start, start + chunk)
+                if positions is not None:
+                    here = positions[here]
+                h = hidden[here]
                 chunk_loss, grad_logits = loss_and_gradient(
-                    F.linear(h, weight), targets, need_hidden or need_weight, V
+                    F.linear(h, weight), targets_N[here], need_hidden or need_weight, V
                 )
                 loss += chunk_loss
                 if grad_logits is None:
                     continue
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = grad_logits @ weight
+                    grad_hidden[here] = (grad_logits @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None and dtype == torch.float32:
                     grad_weight.addmm_(grad_logits[:, :V].T, h, beta=1 if start else 0)
                 elif grad_weight is not None:
@@ -151,18 +182,23 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:  # in place: the weight's is a large part of all memory
                 gradient.mul_(grad_loss.to(gradient.dtype))
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 def linear_cross_entropy(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    num_targets: int | None = None,
 ) -> torch.Tensor:
     """Summed next-token cross-entropy in nats, fp32 scalar; equals the reference, in less memory.
 
     hidden (N, D) and weight (V, D) in the compute dtype, targets (N,) with −100 where nothing is
-    to be predicted. Differentiable once.
+    to be predicted. Differentiable once. ``num_targets``: how many of them are not −100, or a
+    larger number; the others' logits are then not computed. NaN if there are more, as far as that
+    left any out.
     """
-    return _ChunkedLinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+    return _ChunkedLinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, num_targets)
 
 
 class LMHead(nn.Linear):
@@ -173,9 +209,16 @@ class LMHead(nn.Linear):
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        num_targets: int | None = None,
     ) -> torch.Tensor:
-        """(B, T, D) -> logits (B, T, V), or with targets (B, T) -> Σ loss, fp32 scalar."""
+        """(B, T, D) -> logits (B, T, V), or with targets (B, T) -> Σ loss, fp32 scalar.
+
+        ``num_targets`` is that of :func:`linear_cross_entropy`.
+        """
         if targets is None:
             return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states.flatten(0, 1), self.weight, targets.flatten())
+        hidden_ND = hidden_states.flatten(0, 1)
+        return linear_cross_entropy(hidden_ND, self.weight, targets.flatten(), num_targets)

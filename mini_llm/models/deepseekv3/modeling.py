@@ -612,6 +612,7 @@ class MiniDeepseekV3ForCausalLM(CausalLM, MiniDeepseekV3PreTrainedModel, Generat
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
+        num_target_tokens: int | None = None,
         predict_further: bool | None = None,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
@@ -642,7 +643,12 @@ class MiniDeepseekV3ForCausalLM(CausalLM, MiniDeepseekV3PreTrainedModel, Generat
         hidden_states = outputs.last_hidden_state
         balance_loss = outputs.balance_loss
         loss, logits = self.loss_and_logits(
-            hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+            hidden_states,
+            targets,
+            num_items_in_batch,
+            logits_to_keep,
+            skip_logits,
+            num_target_tokens,
         )
         mtp_loss = None
         if predict_further:
@@ -657,7 +663,8 @@ class MiniDeepseekV3ForCausalLM(CausalLM, MiniDeepseekV3PreTrainedModel, Generat
                 items = num_items_in_batch
                 if items is None:
                     items = (depth_targets != IGNORE_INDEX).sum().clamp(min=1)
-                losses.append(self.lm_head(further_BTD, targets=depth_targets) / items)
+                # A depth has no more targets than the main model: some reach past a document.
+                losses.append(self.lm_head(further_BTD, depth_targets, num_target_tokens) / items)
                 if depth_balance_loss is not None:
                     balance_loss = depth_balance_loss + (
                         0 if balance_loss is None else balance_loss

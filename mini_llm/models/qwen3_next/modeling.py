@@ -471,6 +471,7 @@ class MiniQwen3NextForCausalLM(CausalLM, MiniQwen3NextPreTrainedModel, Generatio
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
+        num_target_tokens: int | None = None,
         **kwargs: Any,
     ) -> MiniQwen3NextCausalLMOutput:
         """Tokens (B, T) -> logits (B, T, V), and the losses if there are labels.
@@ -500,6 +501,7 @@ class MiniQwen3NextForCausalLM(CausalLM, MiniQwen3NextPreTrainedModel, Generatio
             num_items_in_batch,
             logits_to_keep,
             skip_logits,
+            num_target_tokens,
         )
         aux_loss = None
         if output_router_logits and outputs.router_logits:
