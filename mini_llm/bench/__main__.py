@@ -23,11 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from mini_llm.command_line import Parser
 from mini_llm.parallel.environment import end_process
@@ -400,6 +402,13 @@ def main(command_line: Sequence[str] | None = None) -> None:
             args.markdown.write_text(tables + "\n")
 
 
+def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """On a signal: end what was launched and remove what it wrote, then this process."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
     main()
     end_process()

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from ..models import empty_model, preset_config
 from ..training.arguments import REPOSITORY, PretrainArguments, parse_arguments
 from ..training.run_folder import code_version, write_json
 from ..training.sizes import count_parameters, training_flops
-from .measure import machine, markdown_table
+from .measure import machine, markdown_table, run_to_its_end
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 CONFIG = "recipes/configs/quickstart/pretrain.yaml"
@@ -312,17 +311,9 @@ def _train_and_evaluate(
         OMP_NUM_THREADS="1",
         PYTHONPATH=os.pathsep.join(path),
     )
-    with (place / "log.txt").open("w") as log:
-        done = subprocess.run(
-            _command(training, folder, steps),
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode:
-        raise RuntimeError(f"{place} failed:\n{(place / 'log.txt').read_text()[-3000:]}")
+    command, log = _command(training, folder, steps), place / "log.txt"
+    if run_to_its_end(command, log=log, environment=environment):
+        raise RuntimeError(f"{place} failed:\n{log.read_text()[-3000:]}")
     found = {"seed": training.seed, "first_training_loss": _first_training_loss(place)}
     found |= held_out_loss(place / "final", _arguments(training, folder, steps))
     found["code"] = code_version()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models import preset_config
+from ..training.arguments import REPOSITORY
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +70,28 @@ def interleaved(
             seconds[name]["cpu"].append(time.process_time() - cpu)
             seconds[name]["clock"].append(time.perf_counter() - clock)
     return seconds
+
+
+def run_to_its_end(command: Sequence[str], *, log: Path, environment: dict[str, str]) -> int:
+    """Run ``command`` in the repository with what it says in ``log``; returns its status.
+
+    Whatever keeps this process from waiting that long ends the command and all that it started.
+    """
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def without_mtp(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:

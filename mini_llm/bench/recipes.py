@@ -33,6 +33,7 @@ from .measure import (
     machine,
     markdown_table,
     median_and_range,
+    run_to_its_end,
     without_mtp,
 )
 
@@ -195,16 +196,8 @@ def launch(one: Run, folder: Path, words: list[str], device: str) -> None:
     log = folder / f"{one.recipe}.log"
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(REPOSITORY / "accelerate_configs/single.yaml")]
-    with log.open("w") as file:
-        done = subprocess.run(
-            [*command, str(REPOSITORY / f"recipes/{one.recipe}.py"), *words],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode:
+    command += [str(REPOSITORY / f"recipes/{one.recipe}.py"), *words]
+    if run_to_its_end(command, log=log, environment=environment):
         raise RuntimeError(f"{one} failed:\n{log.read_text()[-3000:]}")
 
 

@@ -94,8 +94,14 @@ def join_as_single_process() -> None:
         os.environ.setdefault(name, value)
 
 
-def end_process() -> NoReturn:
-    """End this process with status 0, without Python's own teardown; nothing in a buffer is lost.
+def is_in_process_group() -> bool:
+    """Whether this process has joined others, or itself, for collectives."""
+    torch = sys.modules.get("torch")  # not imported: --help need not wait for it
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def end_process(status: int = 0) -> NoReturn:
+    """End this process with this status, without Python's own teardown; no buffer is lost.
 
     A gloo thread may still hold the last collective's tensors when all work is done. If it lets go
     of one while the interpreter goes down, the process aborts ("terminate called without an active
@@ -103,7 +109,7 @@ def end_process() -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import yaml
 
 from mini_llm.command_line import Parser
 from mini_llm.launch.note import REFUSED, write_note
+from mini_llm.parallel.environment import end_process, is_in_process_group
 from mini_llm.parallel.rank_log import note
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -331,6 +332,8 @@ def stop(message: str) -> NoReturn:
         note(f"error: {message}")
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    if is_in_process_group():
+        end_process(2)
     raise SystemExit(2)
 
 

@@ -2,12 +2,16 @@
 
 import ast
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import psutil
 import pytest
 import torch
 
@@ -42,6 +46,48 @@ def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
     theirs = figures["encode_batch_and_pack_tokens_per_second"]
     assert figures["ratio"] == pytest.approx(ours / theirs)
     assert {"machine", "threads", "tokenizers", "tiktoken", "datasets"} <= figures.keys()
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait until it is; fail if it never is."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended, waited for or not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_ends_a_benchmark_ends_what_it_has_launched(tmp_path: Path) -> None:
+    launched = (
+        "import os, subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "print(os.getpid(), child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mini_llm.bench.__main__ import leave\n"
+        "from mini_llm.bench.measure import run_to_its_end\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        f"command = [sys.executable, '-c', {launched!r}]\n"
+        f"run_to_its_end(command, log=Path({str(tmp_path / 'log')!r}), environment={{}})\n"
+    )
+    benchmark = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY)
+    log = tmp_path / "log"
+    until(lambda: log.is_file() and log.read_text().endswith("\n"))
+    launched_processes = [psutil.Process(int(number)) for number in log.read_text().split()]
+    assert len(launched_processes) == 2 and all(map(runs, launched_processes))
+    benchmark.send_signal(signal.SIGTERM)
+    assert benchmark.wait(timeout=60) == 128 + signal.SIGTERM
+    until(lambda: not any(map(runs, launched_processes)))
 
 
 def test_missing_input_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

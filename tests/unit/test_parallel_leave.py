@@ -32,3 +32,17 @@ def test_a_teardown_that_aborts_does_not_fail_a_finished_run() -> None:
     done = run("leave(accelerator)")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "trainedtracker finished\n"  # finished, and nothing in a buffer was lost
+
+
+def test_a_teardown_that_aborts_does_not_change_the_status_of_a_refusal() -> None:
+    refuse = """
+from mini_llm.parallel.environment import free_port
+from mini_llm.training.arguments import stop
+import torch
+address = f"tcp://127.0.0.1:{free_port()}"
+torch.distributed.init_process_group("gloo", address, rank=0, world_size=1)
+stop("--model: no")
+"""
+    done = run(refuse)
+    assert (done.returncode, done.stdout) == (2, "trained"), done.stderr
+    assert done.stderr.endswith("error: --model: no\n")
