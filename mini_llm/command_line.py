@@ -39,10 +39,19 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = get_close_matches(name, self._option_string_actions, n=1)
+            near = get_close_matches(name, self._flags(namespace), n=1)
             meant = f"; the nearest is {near[0]}" if near else ""
             self.error(f"unknown argument {name}{meant} (see --help)")
         return namespace
+
+    def _flags(self, namespace: argparse.Namespace) -> list[str]:
+        """Those of this command line, with those of its subcommand."""
+        flags = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = action.choices.get(getattr(namespace, action.dest, ""))
+                flags += chosen._option_string_actions if chosen else []
+        return flags
 
 
 class RaisingParser(Parser):

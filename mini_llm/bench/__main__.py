@@ -32,10 +32,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mini_llm.command_line import Parser
-from mini_llm.parallel.environment import end_process
+from mini_llm.parallel.environment import end_process, is_in_process_group
 
 from .names import ENGINES, PARTS, PEERS, PRESETS, TINY_PRESETS
 
+# Flags that count something, of whichever command has them.
+COUNTS = (
+    *("steps", "repeats", "rows", "micro_batches", "seq_len", "documents", "experts", "gpus"),
+    *("batch", "prompt_tokens", "new_tokens", "global_batch_tokens", "per_device_train_batch_size"),
+)
 # What `all` runs besides, with --input, data: on a CPU in minutes, on a GPU at the presets' size.
 SMALL = [*("--rows", "4", "--seq_len", "256"), "--device", "cpu"]
 LARGE = [*("--rows", "16", "--seq_len", "2048"), "--device", "cuda"]
@@ -213,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         "hour in all. That is too long to be a part of all.",
     )
     of_learning.add_argument(
-        "--models",
+        "--model",
         nargs="+",
         choices=TINY_PRESETS,
         default=TINY_PRESETS,
@@ -254,9 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """(figures, tables) of one command line; each is printed when it is there."""
-    if args.what == "all":
-        return measure_all(args)
+    """(figures, tables) of one command line, not of all; each is printed when it is there."""
     # Imported here: --help need not wait for torch.
     if args.what == "step":
         from . import step
@@ -353,7 +356,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.what == "learning":
         from . import learning
 
-        figures = learning.run(args.models, args.steps, args.seeds, args.keep)
+        figures = learning.run(args.model, args.steps, args.seeds, args.keep)
         return figures, learning.markdown(figures)
     from . import traffic
 
@@ -369,8 +372,11 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return figures, traffic.markdown(figures)
 
 
-def measure_all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Each of :func:`all_commands`: command line -> figures, and the tables below each other."""
+def measure_all(args: argparse.Namespace) -> list[str]:
+    """Each of :func:`all_commands`; returns the command lines that failed.
+
+    What is measured is written at once, so neither a failure nor an interruption loses it.
+    """
     from .measure import choose_device
 
     commands = all_commands(choose_device(args.device).type, args.steps)
@@ -378,28 +384,62 @@ def measure_all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         paths = [str(path) for path in args.input]
         commands.append(["data", "--input", *paths, "--repeats", str(args.steps)])
     figures: dict[str, Any] = {}
-    tables = []
+    tables, failed = [], []
     for command in commands:
         line = " ".join(["python -m mini_llm.bench", *command])
         print(f"\n{line}", flush=True)
-        figures[line], table = measure(build_parser().parse_args(command))
+        try:
+            figures[line], table = measure(build_parser().parse_args(command))
+        except (OSError, RuntimeError, ValueError) as error:
+            failed.append(line)
+            figures[line], table = {"failed": str(error)}, f"failed: {error}"
+            print(table, file=sys.stderr, flush=True)
         tables.append(f"`{line}`\n\n{table}")
-    return figures, "\n\n".join(tables)
+        write(args, figures, "\n\n".join(tables))
+    return failed
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Command-line entry."""
-    args = build_parser().parse_args(command_line)
-    try:
-        figures, tables = measure(args)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+def write(args: argparse.Namespace, figures: dict[str, Any], tables: str) -> None:
+    """The files that were asked for."""
     if int(os.environ.get("RANK", "0")) == 0:
         if args.json:
             args.json.write_text(json.dumps(figures, indent=2) + "\n")
         if args.markdown:
             args.markdown.write_text(tables + "\n")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong with any command; raises ValueError with the sentence."""
+    for name in COUNTS:
+        asked = getattr(args, name, 1)
+        for count in asked if isinstance(asked, list) else [asked]:
+            if count < 1:
+                raise ValueError(f"--{name} is {count}; it must be at least 1")
+    for path in getattr(args, "input", None) or []:
+        if not path.exists():
+            raise ValueError(f"--input: {path} does not exist")
+    for name in ("json", "markdown"):
+        file: Path | None = getattr(args, name)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ValueError(f"--{name} {file}: give a file in a folder that exists")
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Command-line entry."""
+    args = build_parser().parse_args(command_line)
+    failed = []
+    try:
+        check(args)
+        if args.what == "all":
+            failed = measure_all(args)
+        else:
+            write(args, *measure(args))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if failed:
+        print("\nfailed:", *failed, sep="\n", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -408,7 +448,13 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
-    main()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, leave)
+    try:
+        main()
+    except SystemExit as ended:
+        if is_in_process_group():
+            end_process(ended.code if isinstance(ended.code, int) else 1)
+        raise
     end_process()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from ..models import build_model
+from ..models import build_model, preset_config
 from ..parallel import engine
 from ..parallel.environment import prepare_environment, rank, world_size
 from ..parallel.expert_parallel import find_wire, spread_experts
@@ -26,6 +26,7 @@ from ..training.optimizer import build_optimizer
 from .measure import machine, markdown_table, median_and_range
 
 VOCABULARY = 320
+EXPERT_COUNTS = ("n_routed_experts", "num_experts")  # what configs call it
 
 
 def run(
@@ -44,7 +45,10 @@ def run(
     size = world_size()
     accelerator = engine.build_accelerator(micro_batch_size=rows, expert_parallel_size=size)
     set_seed(0)
-    fields = {"vocab_size": VOCABULARY, "n_routed_experts": experts, **overrides}
+    names = [name for name in EXPERT_COUNTS if hasattr(preset_config(model), name)]
+    if not names:
+        raise ValueError(f"--model: {model} has no routed experts; give another preset")
+    fields = {"vocab_size": VOCABULARY, names[0]: experts, **overrides}
     whole = build_model(model, **fields)
     spread = copy.deepcopy(whole)
     spread_experts(spread, size, rank())

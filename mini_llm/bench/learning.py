@@ -80,11 +80,9 @@ def run(models: list[str], steps: int, seeds: list[int], keep: Path | None) -> d
     """Train and evaluate all pairs; print the table and return the figures.
 
     With `keep` that folder holds data and runs, and finished ones are read from there. Raises
-    ValueError for `steps` or `seeds` that cannot be, and for a folder with runs of other settings;
+    ValueError for `seeds` that cannot be, and for a folder with runs of other settings;
     RuntimeError with its last words where a training fails.
     """
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}; it must be at least 1")
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: give each once, none below 0")
     if keep is None:

@@ -187,6 +187,7 @@ def ours(job: Job, turns: Turns) -> float:
     model.train()
     losses: list[torch.Tensor] = []
     stream = packed_rows(job)
+    tokens_per_step = _tokens(job)[: job.rows * job.micro_batches].size
     step = 0
     turns.start()
     while True:
@@ -254,7 +255,7 @@ def ours(job: Job, turns: Turns) -> float:
         fault = bad_steps.fault(step, step_losses["train/loss"], grad_norm, now=False)
         if fault is not None:
             raise RuntimeError(str(fault))
-        timer.end_step(job.rows, num_targets)
+        timer.end_step(tokens_per_step, num_targets)
         losses.append(step_losses["train/loss"])
         if not turns.step_done():
             return torch.stack(losses).mean().item()

@@ -1,7 +1,8 @@
-"""How figures are taken: interleaved, in CPU time of this process, as medians."""
+"""How figures are taken, interleaved and as medians, and how a program that is measured is run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -86,12 +87,13 @@ def run_to_its_end(command: Sequence[str], *, log: Path, environment: dict[str, 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+        try:
+            return process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):  # it ended in this moment
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
 
 
 def without_mtp(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -96,13 +96,9 @@ def run(
 ) -> dict[str, Any]:
     """Launch every model's recipes under every engine; print the table and return the figures.
 
-    Raises ValueError for counts below 1 and rows too short for a conversation, and RuntimeError
-    with its last words where a run fails, or is not of the engine asked for.
+    Raises ValueError for rows too short for a conversation, and RuntimeError with its last words
+    where a run fails, or is not of the engine asked for.
     """
-    counts = {"rows": rows, "micro_batches": micro_batches, "steps": steps, "repeats": repeats}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"--{name} is {count}; it must be at least 1")
     if seq_len < SHORTEST_ROW:
         raise ValueError(f"--seq_len is {seq_len}; it must be at least {SHORTEST_ROW}")
     device = choose_device(device).type

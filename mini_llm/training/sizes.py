@@ -208,12 +208,12 @@ def dry_run_report(
         bf16=args.bf16,
         expert_parallel_size=args.expert_parallel_size,
     )
-    flops = training_flops(
-        config, parameters, args.seq_len, predict_further=args.mtp_loss_weight > 0
-    )
+    # Pretraining computes multi-token prediction whatever its weight, which may change in the run.
+    frozen = isinstance(args, SftArguments) and not args.mtp_loss_weight
+    flops = training_flops(config, parameters, args.seq_len, predict_further=not frozen)
     lines = [
         f"model                 {parameters}",
-        f"training FLOPs/token  {flops.per_token:.3e}",
+        f"training FLOPs/token  {flops.layers:.3e}, and {flops.head:.3e} if it is supervised",
         f"tokens per step       {args.global_batch_tokens:,} = {world_size} rank(s) × "
         f"{micro_batches} micro-batch(es) × {args.per_device_train_batch_size} row(s) × "
         f"{args.seq_len} tokens",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mini_llm.models import load_model
+from mini_llm.training.sizes import count_parameters, training_flops
 from tests.conftest import TINY_MODELS, TinyConversations, TinyData
 from tests.launching import SFT_RUN, TINY_RUN, launch, launch_several, metrics, series
 from tests.metrics_page import documented_metrics, names_without_a_row
@@ -15,6 +17,7 @@ from tests.trackers import assert_trackers_have_what_metrics_jsonl_has
 from tests.wandb_server import HANG, WandbServer, recorded_history, uploaded_history
 
 LLAMA, DEEPSEEK, QWEN = TINY_MODELS
+PEAK_FLOPS = 1e10
 
 
 @pytest.mark.slow
@@ -74,7 +77,14 @@ def run_of(
     packed = {"tiny": tiny, "twin": tiny | {"weight": 0.5}}
     mixed = {"tiny": tiny, "raw": {"path": str(raw), "weight": 1}}
     watched = [*("--report_to", "tensorboard,wandb", "--logging_steps", "3", "--eval_steps", "5")]
-    watched += ["--max_eval_rows", "8", "--sample_max_new_tokens", "4", "--peak_flops", "1e10"]
+    watched += [
+        "--max_eval_rows",
+        "8",
+        "--sample_max_new_tokens",
+        "4",
+        "--peak_flops",
+        str(PEAK_FLOPS),
+    ]
 
     def pretrain(name: str, model: str, *more: str) -> list[str]:
         flags = [*TINY_RUN, *tiny_data.flags, "--data", json.dumps(packed), *watched]
@@ -162,3 +172,23 @@ def test_parts_of_a_step_lie_within_it(run_of, name) -> None:
         if line["step"] == 1:  # else the mean of several steps stands beside that of one
             assert line["perf/communication_seconds"] <= line["perf/step_seconds"]
         assert line["perf/mfu"] > 0 and line["perf/peak_memory_bytes"] > 1e8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "sft"])
+def test_utilisation_counts_the_supervised_tokens_of_all_ranks(
+    run_of, name, tiny_data, tiny_conversations
+) -> None:
+    run, data = run_of(name), tiny_conversations if name == "sft" else tiny_data
+    model = load_model(run / "final")
+    flops = training_flops(model.config, count_parameters(model), data.seq_len)
+    line = metrics(run)[0]
+    tokens = line["perf/tokens_per_second"] * line["perf/step_seconds"]
+    done = line["perf/mfu"] * 2 * PEAK_FLOPS * line["perf/step_seconds"]  # on two ranks
+    if name == "sft":
+        supervised = line["train/supervised_tokens"]
+        assert supervised < 0.9 * tokens
+        assert math.isclose(done, tokens * flops.layers + supervised * flops.head, rel_tol=1e-6)
+    else:  # all but the first token of each document
+        supervised = (done - tokens * flops.layers) / flops.head
+        assert 0.9 * tokens < supervised < tokens

@@ -64,7 +64,10 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def test_what_ends_a_benchmark_ends_what_it_has_launched(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_benchmark_ends_what_it_has_launched(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     launched = (
         "import os, subprocess, sys\n"
         "child = subprocess.Popen(['sleep', '600'])\n"
@@ -72,21 +75,22 @@ def test_what_ends_a_benchmark_ends_what_it_has_launched(tmp_path: Path) -> None
         "child.wait()\n"
     )
     script = (
-        "import os, signal, sys\n"
+        "import runpy, sys\n"
         "from pathlib import Path\n"
-        "from mini_llm.bench.__main__ import leave\n"
-        "from mini_llm.bench.measure import run_to_its_end\n"
-        "signal.signal(signal.SIGTERM, leave)\n"
+        "from mini_llm.bench import measure, traffic\n"
         f"command = [sys.executable, '-c', {launched!r}]\n"
-        f"run_to_its_end(command, log=Path({str(tmp_path / 'log')!r}), environment={{}})\n"
+        f"place = {{'log': Path({str(tmp_path / 'log')!r}), 'environment': {{}}}}\n"
+        "traffic.run = lambda *_, **__: measure.run_to_its_end(command, **place)\n"
+        "sys.argv[1:] = ['traffic']\n"
+        "runpy.run_module('mini_llm.bench', run_name='__main__')\n"
     )
     benchmark = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY)
     log = tmp_path / "log"
     until(lambda: log.is_file() and log.read_text().endswith("\n"))
     launched_processes = [psutil.Process(int(number)) for number in log.read_text().split()]
     assert len(launched_processes) == 2 and all(map(runs, launched_processes))
-    benchmark.send_signal(signal.SIGTERM)
-    assert benchmark.wait(timeout=60) == 128 + signal.SIGTERM
+    benchmark.send_signal(number)
+    assert benchmark.wait(timeout=60) == 128 + number
     until(lambda: not any(map(runs, launched_processes)))
 
 
@@ -311,7 +315,7 @@ def test_multi_token_prediction_is_left_out_beside_what_has_none(
 
 
 def test_all_writes_the_figures_of_each_of_its_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = bench.all_commands("cpu", 2)
     kinds = [command[0] for command in commands]
@@ -326,12 +330,46 @@ def test_all_writes_the_figures_of_each_of_its_commands(
         if args.what in ("step", "recipes"):
             assert args.rows * args.micro_batches * args.seq_len == 65_536
             assert args.what == "recipes" or {"trainer", "trainer_compile"} < set(args.peers)
-    monkeypatch.setattr(bench, "all_commands", lambda *_: [["traffic", "--gpus", "8"]])
+    sound = ["traffic", "--gpus", "8"]
+    failing = ["moe", "--model", "mini_llama3_tiny", "--device", "cpu"]
+    monkeypatch.setattr(bench, "all_commands", lambda *_: [sound])
     figures, table = tmp_path / "figures.json", tmp_path / "tables.md"
-    bench.main(["all", "--device", "cpu", "--json", str(figures), "--markdown", str(table)])
+    everything = ["all", "--device", "cpu", "--json", str(figures), "--markdown", str(table)]
+    bench.main(everything)
     line = "python -m mini_llm.bench traffic --gpus 8"
-    assert list(json.loads(figures.read_text())) == [line]
+    written = json.loads(figures.read_text())
+    assert list(written) == [line]
     assert table.read_text().startswith(f"`{line}`\n\n| model, engine | 8 GPUs |")
+
+    # One that fails is named, and costs the others nothing.
+    monkeypatch.setattr(bench, "all_commands", lambda *_: [failing, sound])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        bench.main(everything)
+    assert end.value.code == 1
+    why = "--model: mini_llama3_tiny has no routed experts; give another preset"
+    failed = " ".join(["python -m mini_llm.bench", *failing])
+    assert json.loads(figures.read_text()) == {failed: {"failed": why}, **written}
+    assert capsys.readouterr().err == f"failed: {why}\n\nfailed:\n{failed}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["optimizer", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["traffic", "--gpus", "8", "0"], "--gpus is 0; it must be at least 1"),
+        (["traffic", "--json", "no/where.json"], "--json no/where.json: give a file in a folder"),
+        (["traffic", "--markdown", "."], "--markdown .: give a file in a folder that exists"),
+        (["all", "--input", "no/such/folder"], "--input: no/such/folder does not exist"),
+    ],
+)
+def test_what_would_fail_after_measuring_is_refused_before(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench.main(words)
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "") and said.err.startswith(sentence)
 
 
 @pytest.mark.slow

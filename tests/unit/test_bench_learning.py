@@ -226,7 +226,7 @@ def test_the_whole_command_trains_both_alike_and_goes_on_where_it_stopped(
     monkeypatch.setattr("mini_llm.data.quickstart.MAX_BYTES", 500_000)
     monkeypatch.setattr("mini_llm.data.quickstart.BASE_VOCAB_SIZE", 508)
     keep, figures, table = tmp_path / "keep", tmp_path / "figures.json", tmp_path / "table.md"
-    flags = ["learning", "--models", "mini_llama3_tiny", "--steps", "4", "--seeds", "3"]
+    flags = ["learning", "--model", "mini_llama3_tiny", "--steps", "4", "--seeds", "3"]
     flags += ["--keep", str(keep), "--json", str(figures), "--markdown", str(table)]
     bench.main(flags)
     first = figures.read_text()

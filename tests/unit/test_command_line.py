@@ -54,6 +54,15 @@ def test_an_unknown_flag_is_named_with_the_nearest(capsys):
     assert line == "error: unknown argument --temprature; the nearest is --temperature (see --help)"
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["step", "--step", "3"], "--steps"), (["learning", "--models", "a"], "--model")],
+)
+def test_an_unknown_flag_of_a_subcommand_is_named_with_its_nearest(words, meant, capsys):
+    line = said(capsys, COMMANDS["bench"], words)
+    assert line == f"error: unknown argument {words[1]}; the nearest is {meant} (see --help)"
+
+
 def test_a_command_that_answers_for_itself_gets_the_same_sentence_raised():
     parser = RaisingParser()
     parser.add_argument("--rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_llm.data.collate import IGNORE_INDEX, collate
+from mini_llm.data.collate import IGNORE_INDEX, Batch, collate
 from mini_llm.data.stream import Row
 from mini_llm.models.common.documents import find_documents
+from tests.launching import REPOSITORY
 
 
 def make_row(seq_len: int, doc_lens: list[int], first_id: int = 1) -> Row:
@@ -111,3 +113,22 @@ def test_package_gives_the_function_whichever_way_it_was_imported_before() -> No
         "assert callable(collate); assert not {'torch', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("recipes/pretrain.py", "recipes/sft.py"),
+        *("mini_llm/training/evaluation.py", "mini_llm/bench/loops.py"),
+    ],
+)
+def test_a_loop_gives_the_model_all_that_collate_knows(source):
+    """Without ``documents`` the host waits for the device, without the number logits cost more."""
+    known = set(Batch.__annotations__) - {"cu_seq_lens"}  # for kernels called directly
+    calls = [
+        {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "model"
+    ]
+    packed = [call for call in calls if "documents" in call]
+    assert len(packed) == 1 and known <= packed[0]

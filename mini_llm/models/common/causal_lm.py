@@ -59,8 +59,8 @@ class CausalLM(MiniPreTrainedModel):
         supervised tokens. ``skip_logits`` (default: while training with labels) leaves the logits
         out, so that their full matrix never exists. ``logits_to_keep`` n > 0 computes the last n
         positions', a tensor of positions computes those. ``num_target_tokens``, from who knows it
-        on the host (`data.collate` does): how many targets are not −100; the loss then costs
-        those only, and is NaN if there are more.
+        on the host (`data.collate` does): how many targets are not −100. The others' logits are
+        then left out where that saves a sixteenth or more; NaN if a target was left out.
         """
         outputs = self.model(
             input_ids=input_ids,
