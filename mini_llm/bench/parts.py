@@ -177,6 +177,7 @@ def optimizer(shape: Shape) -> dict[str, Form]:
         set_seed(2)
         for group in adamw.param_groups:
             group["fused"] = fused or None
+            group["foreach"] = False  # on a GPU the default without fused, several at a time
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter) * 1e-3
         largest = max(built.parameters(), key=torch.numel)

@@ -90,7 +90,9 @@ def collate(rows: Sequence[Row], device: torch.device | str | None = None) -> Ba
         position_ids=tensor(position_ids),
         labels=tensor(labels),
         cu_seq_lens=torch.from_numpy(cu_seq_lens),
-        documents=Documents(tuple(document_lengths.tolist())),
+        documents=Documents(
+            tuple(document_lengths.tolist()), spans=tuple(np.diff(cu_seq_lens).tolist())
+        ),
         num_target_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+_MOST_GRAPHS = 64
+
 
 def wants_compile(
     torch_compile: bool | None, device: torch.device, *, zero_stage: int, expert_parallel_size: int
@@ -51,6 +53,11 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
             "on a CPU torch.compile needs a C++ compiler and there is none; install g++ or name "
             "another in CXX, or leave the flag out"
         )
+    # All layers are one function to torch.compile, which keeps 8 graphs of a function and lets what
+    # comes later run eagerly: three kinds of layers (dense, experts, multi-token prediction) with
+    # batches of changing shape (--packing false) have more.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     for layer in decoder_layers(model):
         layer.compile()
 

@@ -92,6 +92,7 @@ class BadSteps:
         """Count a rewind; RuntimeError when there have been so many that nothing is gained."""
         self.rewinds += 1
         self._losses.clear()
+        self._steps.clear()  # of a GPU's last one, which the run has left behind
         if self.rewinds > MOST_REWINDS:
             raise RuntimeError(
                 f"the run was rewound {MOST_REWINDS} times; lower --learning_rate or mend the data"

@@ -81,9 +81,10 @@ def evaluate(
                 use_cache=False,
                 skip_logits=True,
             ).loss
-        targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-        num_targets = torch.tensor(targets.numel(), device=loss_sum.device)
-        return torch.stack((loss_sum.double(), num_targets, bytes_of[targets].sum()))
+        targets = labels[:, 1:]
+        counted = targets != IGNORE_INDEX
+        num_bytes = (bytes_of[targets.clamp(min=0)] * counted).sum()
+        return torch.stack((loss_sum.double(), counted.sum(), num_bytes))
 
     return evaluate_sources(
         model,

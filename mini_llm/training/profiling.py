@@ -64,6 +64,7 @@ class StepProfiler:
 
         activities = [ProfilerActivity.CPU]
         if self.on_gpu:
+            torch.cuda.synchronize()  # else the trace holds the last kernels of the step before
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MOST_MEMORY_EVENTS)
         self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)

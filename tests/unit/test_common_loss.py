@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mini_llm.bench.measure import peak_memory
+from mini_llm.bench.operators import Operators
 from mini_llm.models.common import loss as loss_module
 from mini_llm.models.common.loss import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -89,6 +90,34 @@ def test_a_loss_is_not_a_number_if_more_is_supervised_than_was_promised():
     hidden, weight, targets = _inputs(torch.float32)  # 171 are supervised
     assert linear_cross_entropy(hidden, weight, targets, 100).isnan()
     assert linear_cross_entropy(hidden, weight, targets, 171).isfinite()
+
+
+def test_evaluation_computes_no_gradient():
+    hidden, weight, targets = _inputs(torch.float32)
+    expected = linear_cross_entropy(hidden, weight, targets)
+    assert expected.requires_grad
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without, Operators() as counted:
+            loss = linear_cross_entropy(hidden, weight, targets)
+        assert torch.equal(loss, expected)
+        products = counted.operators["mm"] + counted.operators["linear"]
+        assert products == 1  # the logits of the only chunk
+        assert not counted.operators.keys() & {"addmm_", "exp_", "scatter_add_"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_most", "chunk"),
+    [
+        (65_536, 4_193, 4_096),
+        (2_048, 262, 256),
+        (2_048, 4_193, 2_048),
+        (1, 64, 64),
+        (0, 64, 64),
+        (4_200, 4_193, 2_112),
+    ],
+)
+def test_chunks_are_as_few_as_can_be_and_alike(rows, at_most, chunk):
+    assert loss_module._even_chunk(rows, at_most=at_most) == chunk
 
 
 def test_all_targets_ignored_gives_zero_loss_and_zero_gradient():

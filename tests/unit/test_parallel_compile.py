@@ -65,6 +65,25 @@ def test_the_graph_of_a_delta_net_layer_does_not_grow_with_the_row():
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_with_experts_is_one_graph_under_autocast_too(autocast):
+    torch._dynamo.reset()
+    counters.clear()
+    model = build_model(
+        "mini_deepseekv3_tiny",
+        vocab_size=320,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=0,
+    )
+    for layer in decoder_layers(model):
+        layer.compile(backend="eager")
+    tokens = torch.randint(320, (2, 32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert model(tokens, labels=tokens, use_cache=False).loss.isfinite()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.slow
 def test_compiled_layers_of_packed_rows_give_the_loss_and_gradients_of_eager_ones():
     torch._dynamo.reset()

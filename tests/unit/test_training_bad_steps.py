@@ -32,6 +32,15 @@ def test_a_bad_step_is_seen_a_step_later_and_by_its_own_number(late):
     assert late.fault(3, FINE, FINE, now=True) is None
 
 
+def test_a_step_that_a_rewind_has_left_behind_is_not_looked_at(late):
+    assert late.fault(5, FINE, NAN, now=False) is None
+    assert late.fault(6, FINE, NAN, now=False).step == 5
+    late.rewind()
+    assert late.fault(3, FINE, FINE, now=False) is None
+    assert late.fault(4, FINE, FINE, now=True) is None
+    assert late.count == 1
+
+
 def test_nothing_is_logged_or_saved_before_its_step_was_looked_at(late):
     late.fault(1, FINE, FINE, now=False)
     assert late.fault(2, FINE, float("inf"), now=True).step == 2

@@ -4,7 +4,7 @@ A packed row is what transformers calls one: ``position_ids`` that restart at 0 
 mask. Everything that must not cross a document boundary asks this module where the boundaries are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,10 +14,12 @@ class Documents:
     """The documents of B packed rows of T tokens, on the host.
 
     ``lengths`` covers the flattened B·T tokens in order: a document's, then the next one's. A
-    document never spans two rows. Padding counts as documents of one token.
+    document never spans two rows. Padding counts as documents of one token. ``spans``, from who
+    knows what is padding, are the same with that at the end of a row as one.
     """
 
     lengths: tuple[int, ...]
+    spans: tuple[int, ...] | None = field(default=None, compare=False)
 
     def segments(self) -> list[tuple[int, bool]]:
         """(length, singles) runs covering all tokens; ``singles`` marks a run of 1-token documents.
@@ -33,8 +35,21 @@ class Documents:
         return runs
 
     def cu_seq_lens(self, device: torch.device) -> torch.Tensor:
-        """Boundaries (documents + 1,), int32, as variable-length attention kernels take them."""
-        lengths = torch.tensor((0, *self.lengths), dtype=torch.int32)
+        """Boundaries (documents + 1,), int32, as variable-length kernels take them."""
+        return self._boundaries(self.lengths, device)
+
+    def attention_boundaries(self, device: torch.device) -> torch.Tensor:
+        """The same for attention, which pays for every document, however short.
+
+        Its kernels keep memory for 128 tokens of each and take 65,535 at most: a batch of short
+        documents in rows of their own has more tokens of padding. That of a row is one document
+        here, if it is known; what its tokens see of each other, nobody reads.
+        """
+        return self._boundaries(self.spans or self.lengths, device)
+
+    @staticmethod
+    def _boundaries(of: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        lengths = torch.tensor((0, *of), dtype=torch.int32)
         boundaries = lengths.cumsum(0, dtype=torch.int32)
         if device.type == "cuda":
             boundaries = boundaries.pin_memory()  # from other memory the host waits for the copy
@@ -45,8 +60,8 @@ class Documents:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths)
+        """Tokens of the longest document, or of a row's padding if that is known."""
+        return max(self.spans or self.lengths)
 
 
 def find_documents(position_ids: torch.Tensor, batch_size: int) -> Documents | None:

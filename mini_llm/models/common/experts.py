@@ -6,7 +6,7 @@ how many tokens an expert got. :func:`eager_experts` is the readable reference. 
 number of (token, expert) pairs; the other letters are those of ``__init__.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -58,15 +58,22 @@ class Experts(nn.Module):
 
         Computes in the autocast dtype where autocast is on, and returns hidden_ND's dtype.
         """
-        experts, x_ND = self._in_compute_dtype(hidden_ND)
+        # Autocast does not know the grouped kernel: left to it, a bf16 run would compute its
+        # experts in fp32, silently (pytorch issue 174763).
+        dtype = autocast_dtype(hidden_ND) or self.gate_up_proj.dtype
+        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        x_ND = hidden_ND.to(dtype)
         implementation = self.config._experts_implementation
         if implementation is None and x_ND.dtype != torch.bfloat16:
             # torch can trace the grouped kernel in bf16 only; transformers' has a stand-in for it.
             implementation = "grouped_mm" if torch.compiler.is_compiling() else None
         if implementation is None:
-            out_ND = grouped_experts(experts, x_ND, top_k_index_NK, top_k_weights_NK)
+            out_ND = grouped_experts(
+                self._apply_gate, gate_up_proj, down_proj, x_ND, top_k_index_NK, top_k_weights_NK
+            )
         else:
             compute = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts)
+            experts = self._with_matrices(gate_up_proj, down_proj)
             out_ND = compute(experts, x_ND, top_k_index_NK, top_k_weights_NK)
         return out_ND.to(hidden_ND.dtype)
 
@@ -75,39 +82,39 @@ class Experts(nn.Module):
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
-    def _in_compute_dtype(self, hidden_ND: torch.Tensor) -> "tuple[Experts, torch.Tensor]":
-        """(this module, hidden) with all matrices in one dtype, autocast's where autocast is on.
-
-        Autocast does not know the grouped kernel: without this a bf16 run would compute its experts
-        in fp32, silently (pytorch issue 174763).
-        """
-        dtype = autocast_dtype(hidden_ND)
-        if dtype is None:
-            return self, hidden_ND.to(self.gate_up_proj.dtype)
-        cast = copy(self)
-        cast._parameters = {name: w.to(dtype) for name, w in self.named_parameters()}  # type: ignore[misc]
-        return cast, hidden_ND.to(dtype)
+    def _with_matrices(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> "Experts":
+        """This module with other matrices, for kernels that ask a module for them."""
+        if gate_up_proj is self.gate_up_proj and down_proj is self.down_proj:
+            return self  # torch.compile cannot trace the copy
+        experts = copy(self)
+        experts._parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}  # type: ignore[dict-item]
+        return experts
 
 
 def grouped_experts(
-    experts: Experts,
+    apply_gate: Callable[[torch.Tensor], torch.Tensor],
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
     hidden_ND: torch.Tensor,
     top_k_index_NK: torch.Tensor,
     top_k_weights_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """Every token through its K experts by two grouped matrix multiplications -> (N, D)."""
+    """Every token through its K experts by two grouped matrix multiplications -> (N, D).
+
+    Matrices (E, 2F, D) and (E, D, F) in the dtype of the tokens; ``apply_gate``: (S, 2F) -> (S, F).
+    """
     N, K = top_k_index_NK.shape
     expert_S, pair_S = top_k_index_NK.flatten().sort()
     place_S = torch.empty_like(pair_S).scatter_(  # sorted row s belongs to pair pair_S[s], and back
         0, pair_S, torch.arange(N * K, device=pair_S.device)
     )
     # Expert e's rows end where the first larger index would be inserted.
-    each_expert = torch.arange(experts.num_experts, device=expert_S.device)
+    each_expert = torch.arange(len(gate_up_proj), device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, each_expert, right=True, out_int32=True)
     x_SD = _TokensByExpert.apply(hidden_ND, pair_S, place_S)
-    gate_up_S2F = F.grouped_mm(x_SD, experts.gate_up_proj.transpose(1, 2), offs=ends_E)
-    hidden_SF = experts._apply_gate(gate_up_S2F)
-    out_SD = F.grouped_mm(hidden_SF, experts.down_proj.transpose(1, 2), offs=ends_E)
+    gate_up_S2F = F.grouped_mm(x_SD, gate_up_proj.transpose(1, 2), offs=ends_E)
+    hidden_SF = apply_gate(gate_up_S2F)
+    out_SD = F.grouped_mm(hidden_SF, down_proj.transpose(1, 2), offs=ends_E)
     out_NKD = _Reorder.apply(out_SD, place_S, pair_S).view(N, K, -1)
     return (out_NKD * top_k_weights_NK.unsqueeze(-1)).sum(1)
 

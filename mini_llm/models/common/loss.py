@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 23
 _GPU_CHUNK_ELEMENTS = 1 << 27
 _GPU_VOCAB_MULTIPLE = 64
-_ROWS_MULTIPLE = 64  # of the positions that are computed when some are left out
+_ROWS_MULTIPLE = 64  # of a chunk, and of the positions that are computed when some are left out
 # Picking positions out of memory takes time too: it must save this share of them at least.
 _WORTH_LEAVING_OUT = 1 / 16
 _CACHED_ROWS = 1 << 12  # of a bf16 weight gradient: what a CPU adds up before it leaves its cache
@@ -110,6 +110,15 @@ def _supervised_positions(targets_N: torch.Tensor, num_targets: int | None) -> t
     return ignored.argsort(stable=True)[:M]
 
 
+def _even_chunk(rows: int, *, at_most: int) -> int:
+    """Rows of a chunk: as few chunks as can be, about as large as each other.
+
+    A small last one would cost a compiled graph of its own.
+    """
+    chunks = max(1, -(-rows // at_most))
+    return max(1, -(-rows // (chunks * _ROWS_MULTIPLE))) * _ROWS_MULTIPLE
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """The reference above, computed chunk by chunk; gradients are taken in the forward pass."""
 
@@ -120,14 +129,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
         num_targets: int | None,
+        with_gradients: bool,
     ) -> torch.Tensor:
         on_gpu = hidden_ND.device.type == "cuda"
         loss_and_gradient = _compiled_loss_and_gradient() if on_gpu else _loss_and_gradient_in_place
         elements = _GPU_CHUNK_ELEMENTS if on_gpu else _CHUNK_ELEMENTS
         positions = _supervised_positions(targets_N, num_targets)
         M = len(targets_N) if positions is None else len(positions)
-        chunk = max(1, min(M, max(64, elements // weight_VD.shape[0])))
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        chunk = _even_chunk(M, at_most=max(_ROWS_MULTIPLE, elements // weight_VD.shape[0]))
+        # needs_input_grad does not know of no_grad: evaluation would pay for gradients.
+        need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         empty = torch.empty_like if positions is None else torch.zeros_like
         grad_hidden = empty(hidden_ND) if need_hidden else None
         # The first chunk writes it, the others add.
@@ -182,7 +193,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:  # in place: the weight's is a large part of all memory
                 gradient.mul_(grad_loss.to(gradient.dtype))
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def linear_cross_entropy(
@@ -198,7 +209,9 @@ def linear_cross_entropy(
     larger number; the others' logits are then not computed. NaN if there are more, as far as that
     left any out.
     """
-    return _ChunkedLinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, num_targets)
+    return _ChunkedLinearCrossEntropy.apply(
+        hidden_ND, weight_VD, targets_N, num_targets, torch.is_grad_enabled()
+    )
 
 
 class LMHead(nn.Linear):
