@@ -142,6 +142,7 @@ def test_signal_to_launch_sh_saves_and_ends_with_status_0(tiny_data: TinyData, t
     assert len(saved_steps(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_launcher_that_is_killed_takes_its_ranks_with_it_and_they_save(start):
     run = start()
     run.wait_for_step(5)

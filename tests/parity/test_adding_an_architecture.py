@@ -48,6 +48,7 @@ def test_the_toy_fits_in_150_lines():
     assert sum(len(path.read_text().splitlines()) for path in TOY.glob("*.py")) <= 150
 
 
+@pytest.mark.slow
 def test_the_toy_inherits_every_parity_packing_and_cache_test(copy_with_toy):
     names = ("test_stock_parity", "test_stock_features", "test_generation_and_loading")
     files = [f"tests/parity/{name}.py" for name in names]

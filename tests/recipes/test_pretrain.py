@@ -424,6 +424,7 @@ def test_weights_of_another_tokenizer_of_the_same_size_are_refused(
     assert "is not the one that --model" in text and f"give --tokenizer {folder}" in text
 
 
+@pytest.mark.slow
 def test_decay_branched_from_a_checkpoint_of_another_run_continues_it_with_its_own_schedule(
     tiny_data, tmp_path
 ):

@@ -102,6 +102,7 @@ def served(tiny_data: TinyData) -> Iterator[tuple[str, Counter[str]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_behind_a_url_gives_the_losses_of_the_local_one(
     served, tiny_data, tmp_path
 ):
