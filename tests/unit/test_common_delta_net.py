@@ -39,7 +39,8 @@ def _boundaries(lengths: list[int], rows: int = B) -> Boundaries:
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
     documents = find_documents(positions, rows)
     assert documents is not None
-    return Boundaries(document_ids(positions, rows), documents.cu_seq_lens(torch.device("cpu")))
+    cu_seq_lens = documents.cu_seq_lens(torch.device("cpu"))
+    return Boundaries(document_ids(cu_seq_lens, *positions.shape), cu_seq_lens)
 
 
 def _assert_same_gradients(a: torch.Tensor, b: torch.Tensor, leaves, tolerance: float) -> None:

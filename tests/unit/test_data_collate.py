@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mini_llm.data.collate import IGNORE_INDEX, Batch, collate
 from mini_llm.data.stream import Row
-from mini_llm.models.common.documents import find_documents
+from mini_llm.models.common.documents import document_ids, find_documents
 from tests.launching import REPOSITORY
 
 
@@ -115,19 +115,23 @@ def test_package_gives_the_function_whichever_way_it_was_imported_before() -> No
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_padding_of_a_row_is_one_document_for_attention_and_any_number_for_states():
+def test_padding_of_a_row_is_one_document_for_kernels():
     rows = [make_row(8, [3, 2]), make_row(8, [1, 1]), make_row(8, [8])]
     batch = collate(rows)
     documents, cpu = batch["documents"], torch.device("cpu")
-    assert documents.attention_boundaries(cpu).tolist() == [0, 3, 5, 8, 9, 10, 16, 24]
-    assert torch.equal(documents.attention_boundaries(cpu), batch["cu_seq_lens"])
-    assert documents.lengths == (3, 2, *[1] * 3, 1, 1, *[1] * 6, 8)
-    assert documents.cu_seq_lens(cpu)[-1] == 24 and len(documents.cu_seq_lens(cpu)) == 15
+    boundaries = documents.cu_seq_lens(cpu)
+    assert boundaries.tolist() == [0, 3, 5, 8, 9, 10, 16, 24]
+    assert torch.equal(boundaries, batch["cu_seq_lens"])
+    assert document_ids(boundaries, 3, 8).tolist() == [
+        [0, 0, 0, 1, 1, 2, 2, 2],
+        [0, 1, 2, 2, 2, 2, 2, 2],
+        [0] * 8,
+    ]
     assert documents.max_length == 8 and collate(rows[1:2])["documents"].max_length == 6
     # Who has to look for the documents cannot tell padding from documents of one token.
     found = find_documents(batch["position_ids"], 3)
-    assert found == documents
-    assert torch.equal(found.attention_boundaries(cpu), documents.cu_seq_lens(cpu))
+    assert found == documents and found.lengths == (3, 2, *[1] * 3, 1, 1, *[1] * 6, 8)
+    assert found.cu_seq_lens(cpu).diff().tolist() == list(found.lengths)
 
 
 @pytest.mark.parametrize(

@@ -208,10 +208,10 @@ def prepare_attention_within(
     if implementation == "sdpa" and has_varlen_kernel(config, inputs_embeds):
         return None, {
             "documents": None,
-            "cu_seq_lens": documents.attention_boundaries(inputs_embeds.device),
+            "cu_seq_lens": documents.cu_seq_lens(inputs_embeds.device),
         }
     if "flash" in implementation:
-        boundaries = documents.attention_boundaries(inputs_embeds.device)
+        boundaries = documents.cu_seq_lens(inputs_embeds.device)
         return None, {
             "documents": None,
             "cu_seq_lens_q": boundaries,

@@ -35,21 +35,14 @@ class Documents:
         return runs
 
     def cu_seq_lens(self, device: torch.device) -> torch.Tensor:
-        """Boundaries (documents + 1,), int32, as variable-length kernels take them."""
-        return self._boundaries(self.lengths, device)
+        """Boundaries (documents + 1,), int32, as variable-length kernels take them.
 
-    def attention_boundaries(self, device: torch.device) -> torch.Tensor:
-        """The same for attention, which pays for every document, however short.
-
-        Its kernels keep memory for 128 tokens of each and take 65,535 at most: a batch of short
-        documents in rows of their own has more tokens of padding. That of a row is one document
-        here, if it is known; what its tokens see of each other, nobody reads.
+        A kernel pays for every document, however short: attention with memory for 128 tokens, and
+        it takes 65,535 at most, the delta rule with a state. A batch of short documents in rows of
+        their own has more tokens of padding. So that of a row is one document here, if it is
+        known; what its tokens see of each other, nobody reads.
         """
-        return self._boundaries(self.spans or self.lengths, device)
-
-    @staticmethod
-    def _boundaries(of: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        lengths = torch.tensor((0, *of), dtype=torch.int32)
+        lengths = torch.tensor((0, *(self.spans or self.lengths)), dtype=torch.int32)
         boundaries = lengths.cumsum(0, dtype=torch.int32)
         if device.type == "cuda":
             boundaries = boundaries.pin_memory()  # from other memory the host waits for the copy
@@ -78,9 +71,12 @@ def find_documents(position_ids: torch.Tensor, batch_size: int) -> Documents | N
     return Documents(tuple(end - start for start, end in zip(offsets, ends, strict=True)))
 
 
-def document_ids(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """(B or 1, T) positions -> (B, T) int32, the documents of each row counted from 0."""
-    return _document_starts(position_ids, batch_size).cumsum(1, dtype=torch.int32) - 1
+def document_ids(cu_seq_lens: torch.Tensor, batch_size: int, row_length: int) -> torch.Tensor:
+    """Boundaries in the B·T tokens -> (B, T) int32, the documents of each row counted from 0."""
+    places = torch.arange(batch_size * row_length, device=cu_seq_lens.device, dtype=torch.int32)
+    ids = torch.searchsorted(cu_seq_lens, places, right=True, out_int32=True)
+    ids = ids.view(batch_size, row_length)
+    return ids - ids[:, :1]
 
 
 def _document_starts(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:

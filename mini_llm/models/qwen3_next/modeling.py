@@ -398,10 +398,9 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
             documents, self.config, inputs_embeds, attention_mask, position_ids, past_key_values
         )
         boundaries = None
-        if documents is not None and position_ids is not None:
-            boundaries = Boundaries(
-                document_ids(position_ids, B), documents.cu_seq_lens(inputs_embeds.device)
-            )
+        if documents is not None:
+            cu_seq_lens = documents.cu_seq_lens(inputs_embeds.device)
+            boundaries = Boundaries(document_ids(cu_seq_lens, B, T), cu_seq_lens)
         if position_ids is None:
             position_ids = positions_after(inputs_embeds, past_key_values)
 
