@@ -8,12 +8,14 @@ import torch
 from accelerate import Accelerator
 
 from mini_llm import build_model, list_models
+from mini_llm.training.arguments import PretrainArguments, SftArguments
 from mini_llm.training.metrics import MetricsLog, TokenCounter
 from mini_llm.training.run_folder import check_run_folder, write_json
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.sizes import (
     ParameterCounts,
     count_parameters,
+    dry_run_report,
     memory_per_rank,
     training_flops,
 )
@@ -96,6 +98,25 @@ def test_flops_equal_an_exact_operator_count(name, supervised, predict_further):
     stated = training_flops(model.config, parameters, T, predict_further=predict_further)
     expected = B * T * stated.layers + supervised * stated.head
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "further"),
+    [
+        (PretrainArguments, 0.3, True),
+        (PretrainArguments, 0.0, True),  # computed whatever its weight
+        (SftArguments, 0.3, True),
+        (SftArguments, 0.0, False),  # frozen
+    ],
+)
+def test_a_dry_run_tells_the_flops_of_what_its_recipe_computes(kind, weight, further):
+    model = build_model("mini_deepseekv3_tiny", vocab_size=512)
+    parameters = count_parameters(model)
+    args = kind(output_dir="", model="", tokenizer="", mtp_loss_weight=weight)
+    report = dry_run_report(args, model.config, parameters, world_size=1, micro_batches=1)
+    flops = training_flops(model.config, parameters, args.seq_len, predict_further=further)
+    stated = f"training FLOPs/token  {flops.layers:.3e}, and {flops.head:.3e} if it is supervised"
+    assert stated in report.splitlines()
 
 
 def test_parameters_are_counted_once_and_split_into_active_and_idle():
