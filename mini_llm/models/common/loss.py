@@ -78,21 +78,25 @@ def _compiled_loss_and_gradient() -> Any:
 def _loss_and_gradient_in_place(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, want_gradient: bool, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same operator by operator, for the CPU: it overwrites fp32 logits with their gradient.
+    """The same operator by operator, for the CPU: all in the memory of the logits' fp32 copy.
 
-    Here all columns exist.
+    Of fp32 logits it makes none and overwrites them. Here all columns exist.
     """
     dtype = logits_CV.dtype
-    logits = logits_CV.float()
     counted = (targets_C != IGNORE_INDEX)[:, None]
     target = targets_C[:, None].clamp(min=0)  # any valid index: what does not count is zeroed below
-    log_z = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_z - logits.gather(-1, target)) * counted).sum()
+    logits = logits_CV.float()
+    del logits_CV  # the caller keeps none either: bf16 logits are gone here
+    logits -= logits.amax(-1, keepdim=True)
+    logits_at_target = logits.gather(-1, target)
+    exponentials = logits.exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    loss = ((total.log() - logits_at_target) * counted).sum()
     if not want_gradient:
         return loss, None
-    gradient = logits.sub_(log_z).exp_()
-    gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
-    return loss, gradient.mul_(counted).to(dtype)
+    gradient = exponentials.mul_(counted / total)
+    gradient.scatter_add_(-1, target, -counted.float())
+    return loss, gradient.to(dtype)
 
 
 def _supervised_positions(targets_N: torch.Tensor, num_targets: int | None) -> torch.Tensor | None:
