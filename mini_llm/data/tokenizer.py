@@ -296,11 +296,19 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Open a tokenizer folder with stock AutoTokenizer; FileNotFoundError if there is none."""
+    """Open a tokenizer folder with stock AutoTokenizer.
+
+    Raises FileNotFoundError if there is none, ValueError for one that cannot be read.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     read_tokenizer_json(folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers has no type of its own for a file it cannot read
+        raise _unreadable(folder, f"{type(error).__name__}: {' '.join(str(error).split())}") from (
+            error
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"--tokenizer {folder} is not a fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -336,12 +344,24 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 
 def read_tokenizer_json(folder: str | Path) -> dict[str, Any]:
-    """Return what `folder`/tokenizer.json holds; FileNotFoundError if there is none."""
+    """Return what `folder`/tokenizer.json holds.
+
+    Raises FileNotFoundError if there is none, ValueError for a file of something else.
+    """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"--tokenizer: {folder} has no tokenizer.json; give a tokenizer's folder or make one "
             "with data_tools/train_tokenizer.py"
         )
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # cut off, or the pointer that git leaves without git-lfs
+        raise _unreadable(folder, f"tokenizer.json is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _unreadable(folder, "tokenizer.json is no JSON object")
     return content
+
+
+def _unreadable(folder: str | Path, why: str) -> ValueError:
+    return ValueError(f"--tokenizer: {folder} cannot be opened ({why}); get it or make it again")

@@ -46,13 +46,8 @@ class OpenTokenizer:
 
 def open_tokenizer(folder: str | Path) -> OpenTokenizer:
     """Open the tokenizer of a folder; FileNotFoundError or ValueError names --tokenizer."""
-    try:
-        tokenizer = load_tokenizer(folder)
-        decoder = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # tokenizers has no type of its own for a file it cannot read
-        raise ValueError(f"--tokenizer: {folder} cannot be opened ({one_line(error)})") from error
+    tokenizer = load_tokenizer(folder)
+    decoder = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer: {folder} has no end-of-document token (eos)")
     added = decoder.get_added_tokens_decoder()

@@ -153,6 +153,15 @@ def test_folder_without_a_tokenizer_names_its_flag(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\n", '{"version": "1.0', "[]", "{}"]
+)
+def test_a_file_that_is_no_tokenizer_is_named_in_a_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^--tokenizer: {tmp_path} cannot be opened \(.+make it"):
+        load_tokenizer(tmp_path)
+
+
 def test_chat_template_is_chatml(tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
