@@ -49,6 +49,7 @@ from mini_llm.data.manifest import (
 )
 from mini_llm.data.output_folder import (
     check_no_foreign_files,
+    check_outside_input,
     check_same_preparation,
     clear_unfinished,
     explained_full_disk,
@@ -179,6 +180,7 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
     Raises ValueError or OSError, naming the flag, for bad input.
     """
     check_arguments(arguments)
+    check_outside_input(arguments.output_dir, arguments.input)
     is_text = arguments.input_format == "text"
     paths = list_files(arguments.input, TEXT_SUFFIXES if is_text else TOKEN_SUFFIXES)
     tokenizer = load_tokenizer(arguments.tokenizer)

@@ -72,6 +72,7 @@ from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import MANIFEST_NAME, TRAIN, VALIDATION, FileEntry, TokenizerEntry
 from mini_llm.data.output_folder import (
     check_no_foreign_files,
+    check_outside_input,
     check_same_preparation,
     clear_unfinished,
     explained_full_disk,
@@ -194,6 +195,7 @@ def prepare(arguments: argparse.Namespace) -> SftManifest:
     Raises ValueError or OSError, naming the flag, for bad input.
     """
     check_arguments(arguments)
+    check_outside_input(arguments.output_dir, arguments.input)
     encoder = ChatEncoder(arguments.tokenizer)
     about_itself = SelfAwareness.of(arguments)
     files = [InputFile.of(path) for path in list_files(arguments.input, SUFFIXES)]

@@ -48,6 +48,7 @@ from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import FileEntry
 from mini_llm.data.output_folder import (
     check_no_foreign_files,
+    check_outside_input,
     check_same_preparation,
     clear_unfinished,
     explained_full_disk,
@@ -273,15 +274,8 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, float]:
 
 def check_inputs(inputs: Sequence[Path], output_dir: Path) -> list[Path]:
     """Return the input files by path, each once and all of one format."""
-    for path in inputs:
-        if path.is_dir() and output_dir.resolve().is_relative_to(path.resolve()):
-            raise ValueError(
-                f"--output_dir: {output_dir} lies in {path}, so that the sample would become its "
-                "own input; give a folder outside"
-            )
+    check_outside_input(output_dir, inputs)
     paths = sorted(list_files(inputs, TEXT_SUFFIXES))
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("--input: a file is given twice; give each once")
     if len({path.suffix for path in paths}) > 1:
         raise ValueError(
             "--input: parquet and jsonl cannot become one sample; give only the one, then only "

@@ -5,13 +5,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .durable import TEMPORARY_SUFFIX
 from .manifest import TRAIN, VALIDATION, FileEntry
+
+
+def check_outside_input(output_dir: Path, inputs: Sequence[Path]) -> None:
+    """Raise ValueError for a folder in one of --input: the next run would read what it holds."""
+    for path in inputs:
+        if path.is_dir() and output_dir.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"--output_dir: {output_dir} lies in {path}, so that what is written would become "
+                "its own input; give a folder outside"
+            )
 
 
 def check_no_foreign_files(output_dir: Path, own: Collection[str]) -> None:

@@ -91,7 +91,10 @@ def find_text_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """Return the files with these suffixes among and below `paths`, unread."""
+    """Return the files with these suffixes among and below `paths`, unread.
+
+    Raises FileNotFoundError for a path without any, ValueError for a file that is given twice.
+    """
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -101,6 +104,8 @@ def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
         if not found:
             raise FileNotFoundError(f"--input: {path} has no {' or '.join(suffixes)} file")
         files += found
+    if len({file.resolve() for file in files}) < len(files):
+        raise ValueError("--input: a file is given twice; give each once")
     return files
 
 

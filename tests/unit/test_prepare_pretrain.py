@@ -385,6 +385,19 @@ def test_equal_texts_never_stand_in_both_splits(tmp_path: Path, tokenizer: Path)
     assert not set(train) & set(held_out)
 
 
+def test_output_folder_in_the_input_and_a_file_given_twice_are_refused(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    shard = write_shard(tmp_path / "in/a.parquet", example_texts(40))
+    with pytest.raises(ValueError, match="--output_dir: .* would become its own input"):
+        prepare(tmp_path / "in", tokenizer, tmp_path / "in/packed")
+    with pytest.raises(ValueError, match="--input: a file is given twice"):
+        flags = command(shard, tokenizer, tmp_path / "out")
+        flags.insert(flags.index(str(shard)), str(tmp_path / "in"))
+        prepare_pretrain.prepare(prepare_pretrain.parse_arguments(flags))
+    assert not (tmp_path / "in/packed").exists() and not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("small_units")
 def test_progress_names_stage_share_speed_and_time_left(
     tmp_path: Path,

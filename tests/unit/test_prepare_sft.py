@@ -395,6 +395,14 @@ def test_finished_folder_is_reused_and_other_options_are_refused_by_name(
         prepare([source], tokenizer_dir, tmp_path)
 
 
+def test_output_folder_in_the_input_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Its quarantine.jsonl would be read with the input by the next run."""
+    write_jsonl(tmp_path / "in/a.jsonl", [*records(60), b"{broken\n"])
+    with pytest.raises(ValueError, match="--output_dir: .* would become its own input"):
+        prepare([tmp_path / "in"], tokenizer_dir, tmp_path / "in/packed")
+    assert not (tmp_path / "in/packed").exists()
+
+
 def test_shares_are_proportional_and_sum_to_the_quota() -> None:
     assert sft_sampling.largest_remainder([5, 3, 2], 5) == [3, 1, 1]
     assert sft_sampling.largest_remainder([1, 1], 5) == [1, 1]

@@ -563,7 +563,7 @@ def test_error_of_the_command_is_one_line_and_status_2(tmp_path: Path) -> None:
         check=False,
     )
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert "so that the sample would become its own input" in run.stderr
+    assert "so that what is written would become its own input" in run.stderr
 
 
 def test_inputs_that_cannot_be_one_sample_are_refused(tmp_path: Path) -> None:
