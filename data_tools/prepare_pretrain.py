@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -519,10 +520,10 @@ def tokenise_jobs(units: list[Unit], deduplicate: bool, settings: Settings) -> l
     hashes = [read_array(Path(settings.work), name, "hashes") for name in names]
     lengths = [len(array) for array in hashes]
     duplicates = later_duplicates(np.concatenate([np.zeros(0, np.uint64), *hashes]))
-    of_units = np.split(duplicates, np.cumsum(lengths)[:-1])
+    ends = accumulate(lengths)
     return [
-        UnitJob(TOKENISE, unit, settings, np.packbits(of_unit).tobytes())
-        for unit, of_unit in zip(units, of_units, strict=True)
+        UnitJob(TOKENISE, unit, settings, np.packbits(duplicates[end - length : end]).tobytes())
+        for unit, end, length in zip(units, ends, lengths, strict=True)
     ]
 
 

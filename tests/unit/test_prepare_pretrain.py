@@ -376,6 +376,15 @@ def test_later_duplicates_are_those_of_a_plain_set(values: list[int]) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize("flags", [[], ["--deduplicate"]])
+def test_input_without_a_row_is_said_to_leave_no_document(
+    tmp_path: Path, tokenizer: Path, flags: list[str]
+) -> None:
+    shard = write_shard(tmp_path / "in/a.parquet", [])
+    with pytest.raises(ValueError, match="--input: no training document is left"):
+        prepare(shard, tokenizer, tmp_path / "out", *flags)
+
+
 def test_equal_texts_never_stand_in_both_splits(tmp_path: Path, tokenizer: Path) -> None:
     write_shard(tmp_path / "in/a.parquet", example_texts(200) * 2)
     prepare(tmp_path / "in", tokenizer, tmp_path / "out")
