@@ -256,6 +256,7 @@ def prepare_files(
 
     work = Path(settings.work)
     make_worker = partial(Worker, settings)
+    resumed = any(read_record(work, unit.name) is not None for unit in units)
 
     def run(stage: str, jobs: Callable[[], list[UnitJob]]) -> None:
         # Without the files that turned out to be bad, other units have to be done again.
@@ -335,7 +336,7 @@ def prepare_files(
             ],
         ),
     )
-    report(manifest, arguments.output_dir, time.monotonic() - started)
+    report(manifest, arguments.output_dir, time.monotonic() - started, resumed=resumed)
     return manifest
 
 
@@ -727,8 +728,8 @@ def write_quarantine(path: Path, names: list[str], work: Path) -> None:
 # What the user sees
 
 
-def report(manifest: Manifest, output_dir: Path, seconds: float) -> None:
-    """Print what was prepared."""
+def report(manifest: Manifest, output_dir: Path, seconds: float, *, resumed: bool) -> None:
+    """Print what was prepared, and how fast unless an earlier run did a part of it."""
     tokens = sum(split.tokens for split in manifest.splits.values())
     for name, split in manifest.splits.items():
         print(
@@ -751,7 +752,10 @@ def report(manifest: Manifest, output_dir: Path, seconds: float) -> None:
     if manifest.skipped_files:
         names = ", ".join(file["name"] for file in manifest.skipped_files)
         print(f"skipped files: {len(manifest.skipped_files)} ({names})")
-    print(f"{tokens / seconds:,.0f} tokens/s over {seconds:.1f} s")
+    if resumed:
+        print(f"{seconds:.1f} s, after what an earlier run had done")
+    else:
+        print(f"{tokens / seconds:,.0f} tokens/s over {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -428,6 +428,25 @@ def test_progress_names_stage_share_speed_and_time_left(
     assert found[1].startswith("tokenise: 100.0%") and found[1].endswith("ETA 0:00:00")
 
 
+def test_speed_is_not_that_of_units_which_an_earlier_run_did(
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_shards(tmp_path / "in", 2)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(prepare_pretrain, "write_shuffled", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "units were done before" in printed and "tokens/s" not in printed
+    assert printed.endswith(" s, after what an earlier run had done\n")
+    prepare(tmp_path / "in", tokenizer, tmp_path / "again")
+    assert " tokens/s over " in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_duration_is_hours_minutes_seconds() -> None:
     assert progress.duration(3 * 3600 + 61.4) == "3:01:01"
     assert progress.duration(59.6) == "0:01:00"
