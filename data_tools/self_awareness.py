@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -134,7 +135,7 @@ def request_answer(arguments: argparse.Namespace, body: dict[str, Any]) -> str:
                     f"--endpoint: {url} answered {error.code} {error.reason}; check the URL, "
                     f"--endpoint_model and the key in {arguments.endpoint_key_variable}"
                 ) from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # also an answer that breaks off
             if tries == ENDPOINT_TRIES:
                 raise OSError(f"--endpoint: {url} cannot be reached ({error})") from None
         time.sleep(2 ** (tries - 1))

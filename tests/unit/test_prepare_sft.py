@@ -453,6 +453,7 @@ class Endpoint(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
         self.failures = 0
+        self.cut_answers = 0
         self.stop_after = 10**9
         self.text = "I am {name}, says the server"
 
@@ -474,8 +475,10 @@ class EndpointHandler(BaseHTTPRequestHandler):
         self.server.requests.append({"path": self.path, **body})
         text = self.server.text.format(name="Mini-LLM") + f" {body['seed']}"
         content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        cut = 9 if self.server.cut_answers > 0 else 0
+        self.server.cut_answers -= 1
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(content) + cut))
         self.end_headers()
         self.wfile.write(content)
 
@@ -562,6 +565,19 @@ def test_unreachable_endpoint_is_named(
     endpoint.failures = 10**9
     with pytest.raises(ValueError, match="--endpoint: .* answered 503"):
         prepare([source], tokenizer_dir, tmp_path / "out", endpoint=url, endpoint_model="m")
+
+
+def test_endpoint_answer_that_breaks_off_is_asked_for_again_and_then_named(
+    endpoint: Endpoint, only_names: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    options = {"endpoint": endpoint.url, "endpoint_model": "m", "self_awareness_file": only_names}
+    asked = flags([tmp_path], tokenizer_dir, tmp_path, **options)
+    endpoint.cut_answers = 2
+    assert "says the server 0" in self_awareness.request_answer(asked, {"seed": 0})
+    assert len(endpoint.requests) == 3
+    endpoint.cut_answers = 10**9
+    with pytest.raises(OSError, match="--endpoint: .* cannot be reached .*9 more expected"):
+        self_awareness.request_answer(asked, {"seed": 0})
 
 
 # Packing and reading
