@@ -12,9 +12,11 @@ import hashlib
 import http.client
 import os
 import shutil
+import ssl
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,8 @@ FIRST_WAIT_SECONDS = 0.5
 TIMEOUT_SECONDS = 30
 # What the same request may answer differently a little later.
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+# What a transfer ends with when the network goes away; Python has no type of its own for these.
+UNREACHABLE_ERRORS = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 CHUNK_BYTES = 1 << 20
 
 
@@ -129,7 +133,10 @@ def _transient_reason(error: Exception) -> str | None:
         return f"HTTP {status}" if status in TRANSIENT_STATUSES else None
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
-    if isinstance(error, ConnectionError | TimeoutError | http.client.HTTPException):
+    lost = isinstance(error, OSError) and error.errno in UNREACHABLE_ERRORS
+    if lost or isinstance(
+        error, ConnectionError | TimeoutError | ssl.SSLError | http.client.HTTPException
+    ):
         return f"{type(error).__name__}: {error}"
     # Timeouts, resets and cut transfers of the client that huggingface_hub brings.
     if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):

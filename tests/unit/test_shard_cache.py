@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import shutil
+import ssl
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -141,6 +142,26 @@ def test_failed_requests_are_tried_again_and_the_file_is_whole(server: Server) -
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.bin", "a.bin.lock"]
     ShardCache(server.url).fetch("a.bin", size=len(content))
     assert server.requests["/a.bin"] == 5
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError(1, "bad record mac")]
+)
+def test_network_that_goes_away_during_a_transfer_is_tried_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    (server.root / "a.bin").write_bytes(b"0123456789")
+    copy, errors = shutil.copyfileobj, [error]
+
+    def copy_or_fail(source: Any, target: Any, length: int) -> None:
+        if errors:
+            target.write(source.read(4))
+            raise errors.pop()
+        copy(source, target, length)
+
+    monkeypatch.setattr(shard_cache.shutil, "copyfileobj", copy_or_fail)
+    assert ShardCache(server.url).fetch("a.bin").read_bytes() == b"0123456789"
+    assert server.requests["/a.bin"] == 2
 
 
 def test_waits_grow_and_attempts_end_with_an_error_that_names_the_url(
