@@ -36,6 +36,8 @@ TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 # What a transfer ends with when the network goes away; Python has no type of its own for these.
 UNREACHABLE_ERRORS = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 CHUNK_BYTES = 1 << 20
+# Has a meaning of its own in a path or query; "%" begins what is quoted already.
+KEPT_IN_URLS = "/%:?@!$&'()*+,;=~"
 
 
 def is_remote(location: object) -> bool:
@@ -168,8 +170,18 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
         raise
 
 
+def open_url(url: str) -> Any:
+    """Open a web address; what is not ASCII in it, and spaces, go as a browser sends them."""
+    parts = urllib.parse.urlsplit(url)
+    sendable = parts._replace(
+        path=urllib.parse.quote(parts.path, safe=KEPT_IN_URLS),
+        query=urllib.parse.quote(parts.query, safe=KEPT_IN_URLS),
+    )
+    return urllib.request.urlopen(sendable.geturl(), timeout=TIMEOUT_SECONDS)
+
+
 def _copy_from_url(url: str, file: BinaryIO) -> None:
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+    with open_url(url) as response:
         shutil.copyfileobj(response, file, CHUNK_BYTES)
         announced = response.headers.get("Content-Length")
     if announced is not None and file.tell() != int(announced):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,10 +16,10 @@ from mini_llm.data.conversation_files import check_conversation_file, from_recor
 from mini_llm.data.manifest import MANIFEST_NAME, SFT_FORMAT
 from mini_llm.data.ready_made import READY_MADE_COLUMNS
 from mini_llm.data.shard_cache import (
-    TIMEOUT_SECONDS,
     ShardCache,
     is_remote,
     list_hub_files,
+    open_url,
     retry,
 )
 from mini_llm.data.text_files import (
@@ -158,7 +157,7 @@ def _announced_bytes(url: str) -> int | None:
     """Return the size that a server announces before it sends, None where it does not."""
 
     def ask() -> int | None:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        with open_url(url) as response:
             length = response.headers.get("Content-Length")
             return None if length is None else int(length)
 

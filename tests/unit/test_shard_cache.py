@@ -185,6 +185,17 @@ def test_server_that_is_away_is_named(server: Server) -> None:
         ShardCache(gone).fetch("a.bin")
 
 
+@pytest.mark.parametrize("folder", ["语 料", "%E8%AF%AD%20%E6%96%99"])
+def test_url_with_spaces_and_chinese_is_read_as_it_is_or_quoted(
+    server: Server, tokenizer: Path, folder: str
+) -> None:
+    write_shards(server.root / "语 料", 1)
+    shard = server.root / "语 料" / "000000.parquet"
+    expected = first_rows(str(shard), 4, tokenizer=tokenizer)
+    url = f"{server.url}/{folder}/000000.parquet"
+    assert first_rows(url, 4, tokenizer=tokenizer) == expected
+
+
 def test_missing_and_refused_files_are_errors_at_once(server: Server) -> None:
     with pytest.raises(FileNotFoundError, match=r"/a\.bin does not exist \(HTTP 404\)"):
         ShardCache(server.url).fetch("a.bin")
