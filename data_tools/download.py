@@ -15,7 +15,9 @@ import argparse
 import errno
 import fnmatch
 import hashlib
+import json
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -425,14 +427,17 @@ def show_next_step(content: str, output_dir: Path, targets: set[Path]) -> None:
             f"note: {output_dir} also holds {len(others):,} files of other downloads ("
             f"{others[0].name}, …), which the command below would read too"
         )
-    prepare = f"--input {output_dir} --output_dir {output_dir}_packed --tokenizer"
+    packed = shlex.quote(f"{output_dir}_packed")
+    prepare = f"--input {shlex.quote(str(output_dir))} --output_dir {packed} --tokenizer"
     theirs = "THE_TOKENIZER_THEY_WERE_MADE_WITH"
+    mapping = json.dumps({"sft": {"path": str(output_dir), "weight": 1}}, ensure_ascii=False)
     commands = {
         TEXT: f"python data_tools/prepare_pretrain.py {prepare} mini_llm/tokenizer",
         CONVERSATIONS: f"python data_tools/prepare_sft.py {prepare} mini_llm/tokenizer",
         TOKENS: f"python data_tools/prepare_pretrain.py --input_format tokens {prepare} {theirs}",
-        PACKED_CONVERSATIONS: "accelerate launch recipes/sft.py --data "
-        f"""'{{"sft": {{"path": "{output_dir}", "weight": 1}}}}' --tokenizer {theirs}""",
+        # Without --config it would be the quickstart's run, into its folder.
+        PACKED_CONVERSATIONS: "./launch.sh sft --config recipes/configs/mini_llama3/sft.yaml "
+        f"--data {shlex.quote(mapping)} --tokenizer {theirs}",
     }
     print(f"next: {commands[content]}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -189,6 +191,20 @@ def test_end_says_which_command_comes_next(
     assert f"next: python data_tools/prepare_pretrain.py --input {tmp_path} " in printed
     run(server, tmp_path, "--files", 1, "--seed", 3)
     assert "also holds 1 files of other downloads" in capsys.readouterr().out
+
+
+def test_next_command_holds_for_a_folder_with_a_space_and_names_its_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a shell takes it apart."""
+    commands = []
+    for content in (download.TEXT, download.PACKED_CONVERSATIONS):
+        download.show_next_step(content, Path("my data/it's"), set())
+        commands.append(shlex.split(capsys.readouterr().out.removeprefix("next: ")))
+    prepare, sft = commands
+    assert prepare[2:6] == ["--input", "my data/it's", "--output_dir", "my data/it's_packed"]
+    assert json.loads(sft[sft.index("--data") + 1])["sft"]["path"] == "my data/it's"
+    assert (REPOSITORY / sft[sft.index("--config") + 1]).is_file()
 
 
 # Resumed and verified
