@@ -45,6 +45,13 @@ def test_every_model_has_both_yamls():
     assert len(CONFIGS) == 2 * len(folders)
 
 
+@pytest.mark.parametrize("folder", sorted({config.parent.name for config in CONFIGS}))
+def test_a_shorter_pretraining_has_a_shorter_warmup_and_reaches_its_learning_rate(folder):
+    config = f"recipes/configs/{folder}/pretrain.yaml"
+    whole, short = parse(config=config), parse("--max_steps", "100", config=config)
+    assert (whole.warmup, short.warmup) == (whole.max_steps // 20, 5)
+
+
 def test_epochs_become_steps_and_raw_data_whose_rows_nobody_counted_is_refused():
     config = "recipes/configs/quickstart/sft.yaml"
     args = parse_arguments(SftArguments, config, ["--num_train_epochs", "1.5"])
