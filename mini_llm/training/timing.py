@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import resource
 import sys
 from collections import deque
@@ -23,10 +24,13 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Other devices whose names begin as one of these, and slices of one: their peaks are others.
+VARIANTS = re.compile(r"\b(NVL|D|Ti|Laptop|MIG)\b")
 
 Part = Literal["data", "forward", "backward", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer")
@@ -37,7 +41,11 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
+    if VARIANTS.search(name):
+        return None
+    return next(
+        (peak for model, peak in PEAK_FLOPS.items() if re.search(rf"{model}\b", name)), None
+    )
 
 
 class StepTimer:

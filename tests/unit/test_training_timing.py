@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from mini_llm.parallel.collective_times import CoveredTime
 from mini_llm.training.sizes import TrainingFlops
-from mini_llm.training.timing import StepTimer
+from mini_llm.training.timing import StepTimer, peak_flops
 
 
 class LateClock:
@@ -100,6 +101,32 @@ def test_utilisation_is_none_where_the_peak_is_unknown_and_of_all_devices_where_
     timer._peak = 1000.0
     a_step(timer, {"forward": 2})
     assert timer.read()["perf/mfu"] == pytest.approx((100 * 6.0 + 25 * 10.0) / 2 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_kind_and_not_of_one_whose_name_begins_alike(
+    monkeypatch, name, peak
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_communication_of_a_step_that_was_not_to_be_logged_is_not_a_number(timer):
