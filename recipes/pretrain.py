@@ -101,7 +101,7 @@ def main(args: PretrainArguments) -> None:
         check_arguments(args, world_size())
         pusher = BackgroundPush(args, rank())
         check_prompts(args.sample_prompts, chat=False)
-        check_model(args.model)
+        check_model(args.model, args.model_overrides)
         if args.quickstart_data and is_quickstart_data(args.data):
             build_quickstart_data(QUICKSTART_FOLDER)
         tokenizer = load_tokenizer(args.tokenizer)

@@ -4,6 +4,7 @@
 architecture: recipes ask :func:`build_model` or :func:`load_model`.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -39,8 +40,11 @@ def _architecture_of_preset(name: str) -> ModuleType:
 def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
     """The config of preset ``name``, fields in ``overrides`` replaced.
 
-    Raises ValueError for an unknown preset or an override that is not a field of its config.
+    Raises ValueError for an unknown preset, an override that is not a field of its config, or
+    values that the config refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     architecture = _architecture_of_preset(name)
     config_class = architecture.config_class()
     fields = {**architecture.PRESETS[name], **overrides}
@@ -50,7 +54,10 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
             raise ValueError(
                 f"--model_overrides: {field!r} is not a field of {config_class.__name__}"
             )
-    return config_class(**fields)
+    try:
+        return config_class(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"--model_overrides: {error.__cause__ or error}") from error
 
 
 def build_model(name: str, **config_overrides: Any) -> "PreTrainedModel":
@@ -173,22 +180,37 @@ def why_not_from_hub(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
     """Refuse, before anything is built, a ``--model`` that cannot train.
 
-    Raises ValueError for what is neither a preset nor a checkpoint, and for a checkpoint of another
-    architecture.
+    Raises ValueError for what is neither a preset nor a checkpoint, for a checkpoint of another
+    architecture, and for ``overrides`` (``--model_overrides``) that make no model of the preset, or
+    would change a checkpoint.
     """
     from difflib import get_close_matches
 
+    overrides = overrides or {}
     if model in list_models():
+        config = preset_config(model, **overrides)
+        try:
+            empty_model(config)
+        except ValueError as error:
+            raise ValueError(f"--model_overrides: {error}") from error
         return
     if is_checkpoint(model):
-        model_type = _config_fields(model).get("model_type")
+        fields = _config_fields(model)
+        model_type = fields.get("model_type")
         if model_type not in ARCHITECTURES:
             raise ValueError(
                 f"--model: {model} holds model_type {model_type!r}; mini_llm trains "
                 f"{sorted(ARCHITECTURES)}"
+            )
+        changed = [name for name, value in overrides.items() if fields.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"--model_overrides: {changed[0]} is {overrides[changed[0]]!r} there and "
+                f"{fields.get(changed[0])!r} in the checkpoint {model}, which keeps its config; "
+                "leave it out, or give a preset as --model"
             )
         return
     near = get_close_matches(model, list_models(), n=1, cutoff=0.4)

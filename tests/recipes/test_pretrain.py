@@ -420,7 +420,7 @@ def test_weights_of_another_tokenizer_of_the_same_size_are_refused(
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(content))
     capsys.readouterr()  # the progress bar of save_pretrained
-    text = stopped("--model", str(folder))
+    text = stopped("--model", str(folder), "--model_overrides", "{}")
     assert "is not the one that --model" in text and f"give --tokenizer {folder}" in text
 
 

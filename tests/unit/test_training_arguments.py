@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mini_llm.models import build_model, check_model
 from mini_llm.training.arguments import (
     PretrainArguments,
     RunArguments,
@@ -157,3 +158,32 @@ def test_every_argument_is_documented(capsys):
     text = capsys.readouterr().out
     for item in dataclasses.fields(PretrainArguments):
         assert f"--{item.name}" in text and item.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "expected"),
+    [
+        ("mini_llama3_tiny", {"hiden_size": 64}, "'hiden_size' is not a field"),
+        ("mini_llama3_tiny", {"num_attention_heads": 5}, "not a multiple of .*heads"),
+        ("mini_llama3_tiny", {"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        ("mini_llama3_tiny", {"hidden_size": "wide"}, "hidden_size"),
+        ("mini_deepseekv3_tiny", {"n_routed_experts": 4}, "n_routed_experts 4 must be .*n_group 4"),
+        ("mini_deepseekv3_tiny", {"n_routed_experts": 10}, "multiple of n_group 4"),
+        ("mini_deepseekv3_tiny", {"num_experts_per_tok": 9}, "9 is more than the 8 experts"),
+        ("mini_deepseekv3_tiny", {"moe_intermediate_size": 60}, "multiples of 8"),
+        ("mini_qwen3_next_tiny", {"num_experts": 1}, "2 is more than the 1 experts"),
+        ("mini_qwen3_next_tiny", {"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        ("mini_qwen3_next_tiny", {"linear_num_key_heads": 3}, "multiple of linear_num_key_heads 3"),
+    ],
+)
+def test_overrides_that_make_no_model_are_refused_before_one_is_built(model, overrides, expected):
+    with pytest.raises(ValueError, match=f"^--model_overrides: .*{expected}"):
+        check_model(model, overrides)
+
+
+def test_overrides_that_would_change_a_checkpoint_are_refused_and_not_ignored(tmp_path):
+    own = {"num_hidden_layers": 1, "vocab_size": 64}
+    build_model("mini_llama3_tiny", **own).save_pretrained(tmp_path)
+    check_model(str(tmp_path), own)
+    with pytest.raises(ValueError, match="num_hidden_layers is 2 there and 1 in"):
+        check_model(str(tmp_path), {**own, "num_hidden_layers": 2})

@@ -26,6 +26,15 @@ _ENABLE_GQA: dict[str, Any] = (
 )
 
 
+def query_groups(heads: int, kv_heads: int) -> int:
+    """How many query heads share a key/value head. ValueError if that is no whole number."""
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}"
+        )
+    return heads // kv_heads
+
+
 def repeat_kv(x_BKTd: torch.Tensor, groups: int) -> torch.Tensor:
     """(B, K, T, d) -> (B, K·groups, T, d): each key/value head serves ``groups`` query heads."""
     if groups == 1:

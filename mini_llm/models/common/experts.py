@@ -201,6 +201,12 @@ class ExpertsModelMixin:
             init.normal_(module.down_proj, mean=0.0, std=std)
 
 
+def check_top_k(k: int, experts: int) -> None:
+    """Refuse a router that would choose more experts than there are. Raises ValueError."""
+    if k > experts:
+        raise ValueError(f"num_experts_per_tok {k} is more than the {experts} experts of a layer")
+
+
 def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of (…, E), in falling order: values and indices (…, k).
 

@@ -32,6 +32,7 @@ from ..common.documents import Documents
 from ..common.experts import (
     Experts,
     ExpertsModelMixin,
+    check_top_k,
     count_expert_load,
     real_tokens,
     row_balance_loss,
@@ -231,6 +232,13 @@ class DeepseekV3Router(nn.Module):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
+        E, G = config.n_routed_experts, config.n_group
+        check_top_k(config.num_experts_per_tok, E)
+        if config.topk_group < G and (E % G or E < 2 * G):
+            raise ValueError(
+                f"n_routed_experts {E} must be a multiple of n_group {G} with 2 experts or more in "
+                "a group, whose score is the sum of its two best"
+            )
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..common.attention import attend, prepare_attention
+from ..common.attention import attend, prepare_attention, query_groups
 from ..common.base import MiniPreTrainedModel
 from ..common.causal_lm import CausalLM
 from ..common.documents import Documents
@@ -34,7 +34,9 @@ class Llama3Attention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = query_groups(
+            config.num_attention_heads, config.num_key_value_heads
+        )
         self.scaling = self.head_dim**-0.5
         D, bias = config.hidden_size, config.attention_bias
         H_d = config.num_attention_heads * self.head_dim

@@ -22,7 +22,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..common.attention import attend, packed_documents, prepare_attention_within
+from ..common.attention import (
+    attend,
+    packed_documents,
+    prepare_attention_within,
+    query_groups,
+)
 from ..common.base import MiniPreTrainedModel
 from ..common.causal_lm import CausalLM
 from ..common.delta_net import Boundaries, delta_rule, find_kernels, short_convolution
@@ -30,6 +35,7 @@ from ..common.documents import Documents, document_ids
 from ..common.experts import (
     Experts,
     ExpertsModelMixin,
+    check_top_k,
     count_expert_load,
     real_tokens,
     row_balance_loss,
@@ -77,6 +83,11 @@ class Qwen3NextGatedDeltaNet(nn.Module):
             config.linear_num_key_heads,
             config.linear_num_value_heads,
         )
+        if self.num_v_heads % self.num_k_heads:
+            raise ValueError(
+                f"linear_num_value_heads {self.num_v_heads} must be a multiple of "
+                f"linear_num_key_heads {self.num_k_heads}"
+            )
         self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim = self.num_k_heads * self.head_k_dim
         self.value_dim = self.num_v_heads * self.head_v_dim
@@ -163,7 +174,9 @@ class Qwen3NextAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = query_groups(
+            config.num_attention_heads, config.num_key_value_heads
+        )
         self.scaling = self.head_dim**-0.5
         D, bias = config.hidden_size, config.attention_bias
         H_d = config.num_attention_heads * self.head_dim
@@ -206,6 +219,7 @@ class Qwen3NextRouter(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        check_top_k(self.top_k, config.num_experts)
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         self.tokens_per_expert: torch.Tensor | None = None  # see count_expert_load
 
