@@ -315,7 +315,10 @@ def markdown(found: dict[str, Any]) -> str:
             of["compared_range"],
             f"{of['ours_over_it']:.3f}",
             f"{of['peak_memory_bytes'] / 2**20:,.1f}",
-            f"{own['peak_memory_bytes'] / of['peak_memory_bytes']:.3f}",
+            # On a GPU a fused update takes nothing beyond what is there.
+            f"{own['peak_memory_bytes'] / of['peak_memory_bytes']:.3f}"
+            if of["peak_memory_bytes"]
+            else "–",
             f"{of['operators']:,}",
             f"{of['host_syncs']:,}",
         ]

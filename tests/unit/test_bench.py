@@ -292,6 +292,17 @@ def test_forms_of_each_part_agree_and_their_figures_are_written(part: str, tmp_p
         assert {"peak_memory_bytes", "host_syncs"} <= of.keys()
 
 
+def test_a_form_that_takes_no_memory_has_figures_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mini_llm.bench.parts.peak_memory", lambda *_: 0)
+    small = json.dumps({"num_hidden_layers": 1, "vocab_size": 64})
+    flags = ["--model", "mini_llama3_tiny", "--model_overrides", small, "--steps", "1"]
+    table = tmp_path / "table.md"
+    bench.main(["optimizer", *flags, "--device", "cpu", "--markdown", str(table)])
+    assert table.read_text().count("| 0.0 | – |") == 2
+
+
 def test_multi_token_prediction_is_left_out_beside_what_has_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
