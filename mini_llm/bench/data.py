@@ -45,13 +45,14 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
     characters = sum(map(len, documents))
     print(f"{len(documents):,} documents, {characters:,} characters")
     ours, theirs = encode_function(tokenizer), text_encoder(tokenizer)
+    vocab_size = theirs.get_vocab_size()
 
     def tokenise_and_pack() -> PackedRows:
-        return _packed([ours(text) for text in documents], seq_len)
+        return _packed([ours(text) for text in documents], seq_len, vocab_size)
 
     def with_encode_batch() -> PackedRows:
         encodings = theirs.encode_batch(documents, add_special_tokens=False)
-        return _packed([np.array(encoding.ids) for encoding in encodings], seq_len)
+        return _packed([np.array(encoding.ids) for encoding in encodings], seq_len, vocab_size)
 
     packed = tokenise_and_pack()
     if not np.array_equal(packed.input_ids, with_encode_batch().input_ids):
@@ -68,7 +69,7 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
     print(f"  ratio of each pair: {median_and_range(ratios)}")
 
     with tempfile.TemporaryDirectory() as folder:
-        written = _write_folder(Path(folder), packed, tokenizer, seq_len)
+        written = _write_folder(Path(folder), packed, tokenizer, seq_len, vocab_size)
         rows = ROWS_PER_STEP * max(written // ROWS_PER_STEP, 1)
 
         def read_an_epoch() -> None:
@@ -116,13 +117,16 @@ def markdown(figures: dict[str, Any]) -> str:
     )
 
 
-def _packed(ids: list[np.ndarray], seq_len: int) -> PackedRows:
-    ended = [np.append(document, END_OF_TEXT_ID).astype(np.uint16) for document in ids]
+def _packed(ids: list[np.ndarray], seq_len: int, vocab_size: int) -> PackedRows:
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    ended = [np.append(document, END_OF_TEXT_ID).astype(dtype) for document in ids]
     lengths = np.array([len(document) for document in ended])
     return pack_documents(np.concatenate(ended), lengths, seq_len)
 
 
-def _write_folder(folder: Path, packed: PackedRows, tokenizer: Path, seq_len: int) -> int:
+def _write_folder(
+    folder: Path, packed: PackedRows, tokenizer: Path, seq_len: int, vocab_size: int
+) -> int:
     """Write the rows, again and again, until there are STREAM_TOKENS; return how many rows."""
     copies = -(-STREAM_TOKENS // (packed.stats.rows * seq_len))
     rows = np.tile(np.arange(packed.stats.rows), copies)
@@ -136,7 +140,7 @@ def _write_folder(folder: Path, packed: PackedRows, tokenizer: Path, seq_len: in
     )
     empty = Split(0, 0, 0, 0, {}, 0.0, 0.0, [])
     train = Split(entry.rows, entry.tokens, 0, 0, {}, 0.0, 0.0, [entry])
-    vocabulary = TokenizerEntry(tokenizer_fingerprint(tokenizer), 1 << 16)
+    vocabulary = TokenizerEntry(tokenizer_fingerprint(tokenizer), vocab_size)
     splits = {TRAIN: train, VALIDATION: empty}
     write_manifest(folder, Manifest(seq_len, vocabulary, splits, {}, {}))
     return entry.rows

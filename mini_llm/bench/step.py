@@ -82,9 +82,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         disable_progress_bar()
         built.save_pretrained(Path(folder, WEIGHTS))
-        tokens = np.random.default_rng(0).integers(
-            built.config.vocab_size, size=(total * micro_batches * rows, seq_len), dtype=np.uint16
-        )
+        tokens = made_up_rows(built.config.vocab_size, total * micro_batches * rows, seq_len)
         np.save(Path(folder, TOKENS), tokens)
         jobs = {}
         for engine in engines:
@@ -166,6 +164,12 @@ def run(
     }
     print(markdown(found))
     return found
+
+
+def made_up_rows(vocab_size: int, rows: int, seq_len: int) -> np.ndarray:
+    """Random ids (rows, seq_len), the same every time, of the type that packed rows have."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=(rows, seq_len))
+    return ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def _check_peers(peers: list[str], device: str) -> None:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from mini_llm.bench import __main__ as bench
 from mini_llm.bench import step
+from mini_llm.bench.data import _packed
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
 from mini_llm.bench.names import PARTS, PEERS
+from mini_llm.bench.step import made_up_rows
 from tests.launching import REPOSITORY
 from tests.unit.prepare_fixtures import write_shards
 
@@ -46,6 +49,17 @@ def test_data_figures_are_printed_and_written_with_what_they_were_taken_on(
     theirs = figures["encode_batch_and_pack_tokens_per_second"]
     assert figures["ratio"] == pytest.approx(ours / theirs)
     assert {"machine", "threads", "tokenizers", "tiktoken", "datasets"} <= figures.keys()
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 16, 100_000])
+def test_ids_of_any_vocabulary_are_measured_as_they_are(vocab_size: int) -> None:
+    ids = made_up_rows(vocab_size, 64, 64)
+    assert vocab_size - 1000 < ids.max() < vocab_size
+    last = np.arange(vocab_size - 8, vocab_size)
+    packed = _packed([last], 16, vocab_size)
+    assert packed.input_ids[0, :8].tolist() == last.tolist()
+    dtype = np.uint16 if vocab_size == 1 << 16 else np.uint32
+    assert ids.dtype == packed.input_ids.dtype == dtype
 
 
 def until(is_so: Callable[[], bool]) -> None:
