@@ -1,6 +1,8 @@
 """Every value that ds_configs/*.json leaves to "auto" comes from the run's arguments."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,24 @@ def test_the_config_for_several_nodes_does_not_leave_them_to_pdsh():
     config = load_config_from_file(str(REPOSITORY / "accelerate_configs/multi_node.yaml"))
     assert config.num_machines > 1
     assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_without_an_address_of_node_0_the_config_for_several_nodes_says_so_at_once(node):
+    flags = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", node]
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("accelerate")), "launch"),
+            *("--config_file", "accelerate_configs/multi_node.yaml", *flags),
+            *("recipes/pretrain.py", "--help"),
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "--main_process_ip is missing" in done.stderr.splitlines()[-1]
 
 
 def test_every_json_has_its_yaml_and_every_engine_its_file():
