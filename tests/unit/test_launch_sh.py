@@ -476,3 +476,32 @@ def test_shellcheck_finds_nothing() -> None:
         [shellcheck, *scripts], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout
+
+
+# ------------------------------------------------------------------ examples/pretrain.sbatch
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--output_dir", "elsewhere"],
+        ["--output_dir=elsewhere"],
+        ["--stop_at_step", "5"],
+        ["--print"],
+    ],
+)
+def test_a_batch_job_that_would_be_requeued_for_ever_is_refused(
+    machine: Machine, flags: list[str]
+) -> None:
+    machine.tool("srun", "echo srun ran\n")
+    machine.tool("scontrol", "echo scontrol ran\n")
+    result = subprocess.run(
+        ["bash", "examples/pretrain.sbatch", *flags],
+        cwd=REPOSITORY,
+        env={**machine.environment, "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert flags[0].partition("=")[0] in result.stderr
