@@ -38,8 +38,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
             records = pq.read_table(path).to_pylist()
         else:
-            text = path.read_text(encoding="utf-8")
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines(): a JSON string may hold U+2028 and U+0085 as they are.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            records = [json.loads(line) for line in lines if line.strip()]
         return [
             {key: "" if value is None else str(value) for key, value in record.items() if key}
             for record in records

@@ -585,6 +585,14 @@ def test_bundled_questions_have_four_options_and_each_letter_answers_as_often(
     assert {letter: answers.count(letter) for letter in "ABCD"} == dict.fromkeys("ABCD", 15)
 
 
+def test_a_question_in_jsonl_may_hold_any_line_separator_of_unicode(tmp_path: Path) -> None:
+    asked = [{"question": "a\u2028b\u2029c\x85d", "A": "1"}, {"question": "e", "A": "2"}]
+    lines = [json.dumps(question, ensure_ascii=False) for question in asked]
+    path = tmp_path / "law.jsonl"
+    path.write_bytes("\r\n".join([*lines, ""]).encode())
+    assert questions.read(path) == asked
+
+
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_bundled_sums_are_right(language: str) -> None:
     words = {"plus": "+", "minus": "-", "times": "*", "×": "*"}
