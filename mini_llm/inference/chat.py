@@ -361,7 +361,12 @@ class Chat:
     def _file(self, command: str, file: str) -> Path:
         if not file:
             raise ValueError(f"{command} needs the name of a file")
-        return Path(file).expanduser()
+        try:
+            return Path(file).expanduser()
+        except RuntimeError as error:  # ~name, of somebody who has no account here
+            raise ValueError(
+                f"{command}: {file} begins with the name of no user; write ./{file}"
+            ) from error
 
     def _only_for_chat_models(self, command: str) -> None:
         if not self.chats:

@@ -185,6 +185,16 @@ def test_a_conversation_is_kept_saved_loaded_and_its_thoughts_can_be_hidden(
     assert "(thinking)\n模型训练数据，一二三四。\n[" in opened
 
 
+def test_a_file_of_nobodys_home_is_refused_and_the_conversation_goes_on(
+    model_folder, converse, tmp_path
+) -> None:
+    saved = tmp_path / "saved.jsonl"
+    said = converse(model_folder, QUESTION, "/save ~notes", "/load ~notes", f"/save {saved}")
+    for command in ("/save", "/load"):
+        assert f"error: {command}: ~notes begins with the name of no user" in said
+    assert "(saved 2 messages" in said
+
+
 def test_the_oldest_turns_go_when_the_context_is_full_and_it_is_said(
     model_folder, converse, tmp_path
 ) -> None:
