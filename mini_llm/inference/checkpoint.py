@@ -21,8 +21,13 @@ def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Gen
 
     folder = find_checkpoint(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {device} is asked for, but torch finds no GPU")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: {device} cannot be used here ({reason}); leave it out, or give cpu"
+        ) from None
     chosen = getattr(torch, dtype) if dtype else "auto" if device != "cpu" else torch.float32
     disable_progress_bar()
     fields, _ = PreTrainedConfig.get_config_dict(folder)

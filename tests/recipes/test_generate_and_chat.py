@@ -129,6 +129,10 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert "cannot be read as UTF-8" in fails(
         capsys, generate.main, base, "--prompt_file", str(base_folder / "model.safetensors")
     )
+    for device in ("gpu", "cpu:x", "mps:99"):
+        assert f"--device: {device} cannot be used here" in fails(
+            capsys, generate.main, base, *prompt, "--device", device
+        )
     assert "give both" in fails(capsys, generate.main, base, *prompt, "--logprobs")
     assert "--num_samples is 0" in fails(capsys, generate.main, base, *prompt, "--num_samples", "0")
     too_long = "模型 " * CONTEXT
