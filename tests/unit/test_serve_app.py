@@ -143,6 +143,23 @@ def test_a_stop_string_is_not_shown_and_ends_the_work(client: Callable[..., Test
     assert engine.jobs[0].cancelled
 
 
+@pytest.mark.parametrize("stop", ["<|im_start|>", "</think>"])
+def test_a_token_that_never_shows_is_a_stop_string_too(
+    client: Callable[..., TestClient], stop: str
+) -> None:
+    engine = Parrot("<think>\n想\n</think>\n\n好<|im_start|>不")
+    answer = client(engine).post("/v1/chat/completions", json={**CHAT, "stop": stop}).json()
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == ("好" if stop == "<|im_start|>" else "")
+    assert choice["message"]["reasoning_content"] == "想"
+    assert choice["finish_reason"] == "stop"
+    said = engine.answer.partition(stop)[0] + stop
+    assert answer["usage"]["completion_tokens"] == len(TOKENIZER(said)["input_ids"])
+    assert engine.jobs[0].cancelled
+    text = client(engine).post("/v1/completions", json={**TEXT, "stop": stop}).json()
+    assert text["choices"][0]["text"] == engine.answer.partition(stop)[0]
+
+
 def test_a_request_without_sampling_gets_the_checkpoints(client: Callable[..., TestClient]) -> None:
     engine = Parrot()
     server = client(engine)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers.cli.serving.utils import ReasoningText
 
 from mini_llm.data.tokenizer import THINK_END, THINK_START
+from mini_llm.inference.generator import special_tokens
 from mini_llm.inference.text import StopStrings, TokenText
 
 from .engines import Delivery, Engine, Job
@@ -29,6 +30,7 @@ class Thoughts:
     def __init__(self, tokenizer: Any) -> None:
         known = tokenizer.get_vocab()
         self.start, self.end = known.get(THINK_START), known.get(THINK_END)
+        self.marks = {mark: known[mark] for mark in (THINK_START, THINK_END) if mark in known}
 
     def open_in(self, prompt: Sequence[int]) -> bool:
         """Whether the chat template began the thoughts for the model: ``<think>`` and a line break.
@@ -41,7 +43,8 @@ class Thoughts:
 class AnswerText:
     """Turns tokens into pieces of text; a ReasoningText is a piece of thoughts.
 
-    Without ``thoughts`` all is text. ``stopped`` is true once a stop string was found.
+    Without ``thoughts`` all is text. ``stopped`` is true once a stop string was found. A token that
+    never shows (a special one, a mark around thoughts) is found where it is a stop string itself.
     """
 
     def __init__(
@@ -54,12 +57,20 @@ class AnswerText:
     ) -> None:
         self._text, self._stops = TokenText(tokenizer), StopStrings(stops)
         self._thoughts, self._thinking = thoughts, thinking
+        self._stop_tokens: frozenset[int] = frozenset()
+        if stops:
+            hidden = special_tokens(tokenizer) | ({} if thoughts is None else thoughts.marks)
+            self._stop_tokens = frozenset(hidden[stop] for stop in stops if stop in hidden)
         self.stopped = False
         self._at_start = thinking  # of thoughts, or of what follows them: its line breaks go
         self._line_breaks = ""  # perhaps those before the end of the thoughts
 
     def add(self, token: int) -> list[str]:
         """The pieces that this token finishes."""
+        if token in self._stop_tokens:
+            pieces = self.end()
+            self.stopped = True
+            return pieces
         if self._thoughts is not None:
             if token == self._thoughts.start and not self._thinking:
                 return self._turn(thinking=True)
