@@ -297,6 +297,8 @@ def prepare_tasks(flags: Flags) -> tuple[Any, list[str]]:
             raise UsageError(f"{'--tasks' if flags.tasks else '--eval_data'}: {sentence}")
         return None, [f"the tasks are left out: {sentence}"]
     prepared = harness.prepare(flags.tasks, flags.eval_data)
+    if flags.num_fewshot is not None:
+        harness.check_examples(prepared, flags.num_fewshot)
     return prepared, prepared.left_out
 
 

@@ -48,7 +48,7 @@ class Flags:
     output_dir: Path | None
 
 
-def _number(least: int) -> Any:
+def _number(least: int, most: int | None = None) -> Any:
     def parse(text: str) -> int:
         try:
             number = int(text)
@@ -56,6 +56,8 @@ def _number(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"{number} is too small; give {least} or more")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{number} is too large; give {most} or less")
         return number
 
     return parse
@@ -173,7 +175,11 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as they were saved)"
     )
     made.add_argument(
-        "--seed", type=int, default=42, metavar="N", help="chooses solved examples (default: 42)"
+        "--seed",
+        type=_number(0, 2**32 - 1),  # what numpy takes, whose generator lm-eval seeds too
+        default=42,
+        metavar="N",
+        help="chooses solved examples (default: 42)",
     )
     made.add_argument(
         "--output_dir",

@@ -128,6 +128,24 @@ def prepare(names: Sequence[str] | None, eval_data: Path | None) -> Prepared:
     return Prepared(manager, tasks, left_out)
 
 
+def check_examples(prepared: Prepared, num_fewshot: int) -> None:
+    """Raise UsageError for a task with fewer solved examples than are to be shown."""
+    from lm_eval.api.samplers import FirstNSampler
+
+    for item in prepared.tasks:
+        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
+            sampler = getattr(task, "sampler", None)
+            if sampler is None or task.get_config("num_fewshot") == 0:  # lm-eval shows none then
+                continue
+            # A sampler that draws them draws one more, for the question itself may be among them.
+            there = len(sampler.df) - (not isinstance(sampler, FirstNSampler))
+            if num_fewshot > there:
+                raise UsageError(
+                    f"--num_fewshot {num_fewshot}: {task.task_name} has only {max(there, 0)} "
+                    "solved examples to show; give a smaller number"
+                )
+
+
 def _load(manager: Any, name: str) -> list[Any]:
     """The task or group of that name, or the tasks of that tag, with their questions."""
     try:
