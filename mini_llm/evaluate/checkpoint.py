@@ -160,7 +160,7 @@ def load_model(checkpoint: Checkpoint, config: Any, *, device: Any, dtype: str) 
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from mini_llm.models import ARCHITECTURES
+    from mini_llm.models import ARCHITECTURES, load_trained
     from mini_llm.models import load_model as load_ours
 
     disable_progress_bar()
@@ -168,7 +168,7 @@ def load_model(checkpoint: Checkpoint, config: Any, *, device: Any, dtype: str) 
     is_ours = config.model_type in ARCHITECTURES
     load = load_ours if is_ours else AutoModelForCausalLM.from_pretrained
     try:
-        model: Any = load(checkpoint.where, dtype=wanted)
+        model: Any = load_trained(load, checkpoint.where, dtype=wanted)
     except (OSError, ValueError) as error:
         raise UsageError(_not_there(checkpoint, error)) from None
     return model.to(device).eval()

@@ -17,7 +17,7 @@ def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Gen
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from mini_llm.models import ARCHITECTURES, load_model
+    from mini_llm.models import ARCHITECTURES, load_model, load_trained
 
     folder = find_checkpoint(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,12 +30,12 @@ def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Gen
         ) from None
     chosen = getattr(torch, dtype) if dtype else "auto" if device != "cpu" else torch.float32
     disable_progress_bar()
-    fields, _ = PreTrainedConfig.get_config_dict(folder)
-    ours = fields.get("model_type") in ARCHITECTURES
-    load = load_model if ours else AutoModelForCausalLM.from_pretrained
     try:
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        ours = fields.get("model_type") in ARCHITECTURES
+        load = load_model if ours else AutoModelForCausalLM.from_pretrained
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = load(folder, dtype=chosen)
+        model: Any = load_trained(load, folder, dtype=chosen)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"CKPT: {folder} cannot be opened ({' '.join(str(error).split())})") from (
             error

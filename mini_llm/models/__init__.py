@@ -4,7 +4,8 @@
 architecture: recipes ask :func:`build_model` or :func:`load_model`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +99,38 @@ def load_model(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     model_class = import_module(ARCHITECTURES[model_type]).model_class()
     model: PreTrainedModel = model_class.from_pretrained(path, **kwargs)
     return model
+
+
+def load_trained(load: Callable[..., Any], path: str | Path, **kwargs: Any) -> Any:
+    """What ``load`` makes of a checkpoint to use as it is: every weight must be in it.
+
+    ``load`` is :func:`load_model` or a ``from_pretrained``. transformers fills a weight that is
+    missing or of another size at random. Raises ValueError for such a checkpoint, and for weights
+    that cannot be read, besides what ``load`` raises.
+    """
+    from safetensors import SafetensorError
+
+    again = "copy or download the checkpoint again"
+    try:
+        model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"its weights cannot be read: {error}; {again}") from error
+    missing = sorted(key for key in info["missing_keys"] if not _predicts_further(key, model))
+    if missing:
+        raise ValueError(f"{len(missing)} weight(s) are missing, the first {missing[0]}; {again}")
+    if info["mismatched_keys"]:
+        key, theirs, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{key} is {tuple(theirs)} and by config.json {tuple(wanted)}; put the config.json "
+            "there that the weights were saved with"
+        )
+    return model
+
+
+def _predicts_further(key: str, model: Any) -> bool:
+    """Whether the weight is of a layer behind the decoder's (MTP): the next token needs none."""
+    layer = re.match(r"(?:model\.)?layers\.(\d+)\.", key)
+    return layer is not None and int(layer[1]) >= model.config.get_text_config().num_hidden_layers
 
 
 def mixing_flops_per_token(config: "PreTrainedConfig", seq_len: int) -> float:

@@ -1,11 +1,17 @@
 """What transformers' common model and generation tests ask: loading, decoding, implementations."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import StaticCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, StaticCache
 
 from mini_llm import build_model, list_models, load_model
-from mini_llm.models import preset_config
+from mini_llm.data.tokenizer import DEFAULT_TOKENIZER
+from mini_llm.inference.checkpoint import open_generator
+from mini_llm.models import load_trained, preset_config
 from mini_llm.models.common.loss import next_tokens
 
 TINY = [name for name in list_models() if name.endswith("_tiny")]
@@ -55,6 +61,41 @@ def test_shifted_labels_give_the_loss_of_the_labels_and_win_over_them(model):
     targets[:, -1] = 7
     assert model(tokens, shift_labels=targets).loss != expected.loss
     model.eval()
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_no_weight_of_a_trained_model_is_drawn_at_random(folder, tmp_path, stock):
+    load = AutoModelForCausalLM.from_pretrained if stock else load_model
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    behind = {key for key in weights if key.startswith("model.layers.4.")}  # MTP, if there is one
+    rest = {key: weight for key, weight in weights.items() if key not in behind}
+    save_file(rest, copy / "model.safetensors", metadata={"format": "pt"})
+    load_trained(load, copy)
+
+    key = "model.layers.0.mlp.down_proj.weight"
+    save_file({k: w for k, w in rest.items() if k != key}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1 weight\(s\) are missing, the first {key}"):
+        load_trained(load, copy)
+
+    shutil.copyfile(folder / "model.safetensors", copy / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    wider = {**config, "intermediate_size": 2 * config["intermediate_size"]}
+    (copy / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(ValueError, match=r"mlp.down_proj.weight is \(.*\) and by config.json \("):
+        load_trained(load, copy)
+
+
+def test_a_checkpoint_that_was_cut_off_is_one_sentence_with_its_folder(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.copyfile(DEFAULT_TOKENIZER / "tokenizer.json", copy / "tokenizer.json")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=f"{copy} cannot be opened .its weights cannot be read"):
+        open_generator(str(copy), device="cpu")
+    (copy / "config.json").write_text('{"model_type": "llama", ')
+    with pytest.raises(ValueError, match=f"{copy} cannot be opened .*not a valid JSON"):
+        open_generator(str(copy), device="cpu")
 
 
 def test_every_parameter_takes_part_in_the_training_loss(model):

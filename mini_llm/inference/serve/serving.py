@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mini_llm.data.tokenizer import load_tokenizer
 from mini_llm.inference.ends import end_tokens, is_chat_model
+from mini_llm.models import load_trained
 
 from .app import build_app
 from .engines import SECONDS_TO_STOP, Engine, make_engine
@@ -47,7 +48,11 @@ def serve(
         raise ValueError(f"--device {device}: torch sees {gpus} GPU(s) here; use --device cpu")
     dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
     # The stock class: what continuous batching is made for and tested with.
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    load = AutoModelForCausalLM.from_pretrained
+    try:
+        model = load_trained(load, checkpoint, dtype=dtype, local_files_only=True)
+    except ValueError as error:
+        raise ValueError(f"CKPT: {checkpoint} cannot be opened ({error})") from error
     model = model.to(device).eval()
     ends = end_tokens(tokenizer, model.generation_config)
     context = model.config.max_position_embeddings
