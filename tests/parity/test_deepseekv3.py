@@ -112,6 +112,7 @@ def test_mtp_layers_survive_a_round_trip_in_shards_and_can_be_dropped(tmp_path):
         {"n_shared_experts": 2},
         {"tie_word_embeddings": False},
         {"num_hidden_layers": 2},
+        {"num_attention_heads": 8},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0,
                              "mscale": 1.0, "mscale_all_dim": 1.0,
                              "original_max_position_embeddings": 64}},

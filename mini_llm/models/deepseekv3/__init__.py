@@ -14,6 +14,7 @@ _COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "tie_word_embeddings": True,
+    "num_key_value_heads": None,  # as many as num_attention_heads, which an override may change
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -39,7 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 12,
         "first_k_dense_replace": 3,
         "num_attention_heads": 12,
-        "num_key_value_heads": 12,
         "q_lora_rank": 384,
         "kv_lora_rank": 256,  # with the 64 rotary dimensions: the 320 that vLLM has a kernel for
         "qk_rope_head_dim": 64,
@@ -54,7 +54,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "first_k_dense_replace": 1,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4,
         "q_lora_rank": 64,
         "kv_lora_rank": 32,
         "qk_rope_head_dim": 16,
