@@ -97,7 +97,14 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
-        return _newest_whole(output_dir)
+        newest = _newest_whole(output_dir)
+        if newest is None and (output_dir / "final").exists():
+            raise ValueError(
+                f"--resume_from_checkpoint auto would train the run in {output_dir} anew and "
+                "overwrite its final/, for it has no checkpoints to go on from; choose another "
+                "--output_dir or delete that folder"
+            )
+        return newest
     path = Path(resume)
     if not (path / "state.json").is_file():
         raise ValueError(

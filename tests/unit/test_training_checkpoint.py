@@ -81,6 +81,12 @@ def test_never_refuses_to_overwrite_a_run(tmp_path):
         find_checkpoint(tmp_path, "never")
 
 
+def test_auto_refuses_to_overwrite_a_final_model_whose_checkpoints_are_gone(tmp_path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match="--resume_from_checkpoint auto would .*overwrite its fin"):
+        find_checkpoint(tmp_path, "auto")
+
+
 def test_resuming_from_an_earlier_step_refuses_while_later_ones_exist(tmp_path, capsys):
     earlier = make(tmp_path, 10)
     make(tmp_path, 20)
