@@ -290,7 +290,10 @@ def parse_arguments(
         parser.error(_unknown_name("flag", unknown[0].split("=")[0], cls, prefix="--"))
     flags = vars(namespace)
     config_path = _existing(flags.pop("config"), "--config", parser)
-    loaded = yaml.safe_load(config_path.read_text()) or {}
+    try:
+        loaded = yaml.safe_load(config_path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config: {config_path} is no YAML ({' '.join(str(error).split())})")
     if not isinstance(loaded, dict):
         parser.error(f"--config: {config_path} is not a mapping of argument names to values")
     for name in loaded:
@@ -383,7 +386,7 @@ def _convert(value: Any, annotation: Any, name: str, parser: _Parser) -> Any:
         if isinstance(value, (dict, list)):
             raise ValueError
         return str(value)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         expected = {
             bool: "true or false",
             dict: f"a mapping, e.g. {MAPPINGS.get(name.split()[-1].lstrip('-'))}",

@@ -101,11 +101,20 @@ def test_unknown_yaml_key_names_the_file_and_the_nearest(capsys, tmp_path):
     assert "bad.yaml" in text and "max_stepss" in text and "max_steps" in text
 
 
+@pytest.mark.parametrize("content", [b"data: {web: [\n", "run_name: café\n".encode("latin-1")])
+def test_a_file_that_is_no_yaml_is_named_in_one_sentence(capsys, tmp_path, content):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    text = error_of(capsys, "--config", str(path))
+    assert f"--config: {path} is no YAML" in text and len(text.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("--max_steps", "many"), "--max_steps: 'many' is not a whole number"),
         (("--max_steps", "1.5"), "is not a whole number"),
+        (("--max_steps", "inf"), "--max_steps: 'inf' is not a whole number"),
         (("--bf16", "maybe"), "--bf16: 'maybe' is not true or false"),
         (("--data", "[1]"), "--data"),
         (("--data", "{broken"), "is not a mapping"),
