@@ -428,9 +428,11 @@ def profiled_steps(text: str) -> tuple[int, int]:
 def check_arguments(args: RunArguments, world_size: int) -> None:
     """Refuse values that cannot train, before anything is built. Raises ValueError."""
     positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
-    for name in (*positive, "ddp_timeout"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    used_later = ("per_device_eval_batch_size", "sample_max_new_tokens", "stop_at_step")
+    for name in (*positive, "ddp_timeout", *used_later):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
     not_negative = ("save_steps", "eval_steps", "max_eval_rows", "weight_decay", "max_grad_norm")
     for name in (
         *not_negative,
@@ -438,9 +440,16 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         "save_minutes",
         "max_loss_jump",
         "hub_wait_seconds",
+        "adam_epsilon",
+        "balance_loss_weight",
     ):
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:  # NaN neither
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed is {args.seed}; it must be in [0, 2^32), as numpy's seeds are")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be in [0, 1)")
     size = args.expert_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(
@@ -467,8 +476,9 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         raise ValueError(f"--max_hours is {args.max_hours}; it must be above 0")
     if args.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1: a resume needs one checkpoint")
-    for name in ("num_train_epochs", "mtp_loss_weight", "expert_bias_update_speed"):
-        if getattr(args, name, 0) < 0:
+    own = ("num_train_epochs", "mtp_loss_weight", "mtp_loss_final_weight")  # of one recipe or both
+    for name in (*own, "expert_bias_update_speed"):
+        if not getattr(args, name, 0) >= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if not 0 < args.learning_rate < 1:
         raise ValueError(f"--learning_rate is {args.learning_rate}; it must be in (0, 1)")
