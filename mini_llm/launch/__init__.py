@@ -7,6 +7,7 @@
     devices.py     processes and threads for this machine
     command.py     the exact `accelerate launch` and its environment
     supervise.py   runs it: signals, restarts, the exit status
+    terminal.py    goes on without a terminal that was closed
     note.py        what a rank tells its launcher about the way it ended
     fan_out.py     a hostfile: the same on every host, by pdsh or ssh
 

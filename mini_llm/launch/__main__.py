@@ -5,7 +5,6 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from types import FrameType
@@ -22,7 +21,7 @@ from .fan_out import fan_out, host_commands, read_hostfile
 from .nodes import find_nodes
 from .options import HELP, Options, check_options, parse_options
 from .quiet import quietly
-from .supervise import USAGE_ERROR, supervise
+from .supervise import USAGE_ERROR, on_signals, supervise
 
 
 def main(words: list[str]) -> int:
@@ -98,6 +97,5 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for early in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(early, leave)
+    on_signals(leave)
     sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,8 @@ from mini_llm.command_line import UsageError
 
 from .nodes import DEFAULT_PORT
 from .options import Options
-from .supervise import end_with_parent
+from .supervise import end_with_parent, on_signals
+from .terminal import go_on_without
 
 # What a node gets from here of the environment. No tokens, and never all of it.
 HANDED_ON = (
@@ -167,11 +168,10 @@ def fan_out(commands: Mapping[str, list[str]], *, grace_seconds: float = GRACE_S
     status, deadline = 0, float("inf")
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        for node in nodes:
-            node.signal(number)
+        for node in nodes:  # whose own terminal is not the one that was closed
+            node.signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, hand_on)
+    on_signals(hand_on)
     while any(node.status() is None for node in nodes):
         for node in nodes:
             ended = node.status()
@@ -235,7 +235,10 @@ class _Node:
             if self._process_id is None and (found := re.fullmatch(rf"{PROCESS_MARK} (\d+)", text)):
                 self._process_id = int(found[1])
             else:
-                print(f"{self.host}: {text}", flush=True)
+                try:
+                    print(f"{self.host}: {text}", flush=True)
+                except OSError as error:  # read on, or the host waits for ever to write
+                    go_on_without(sys.stdout, error)
 
 
 def _start(command: list[str], output: int | None = None) -> "subprocess.Popen[bytes]":

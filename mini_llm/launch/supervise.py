@@ -6,6 +6,7 @@ and SIGTERM and SIGINT are handed to the ranks alone: they save and end with 0, 
 
 SIGUSR1 is what `sbatch --signal=USR1@SECONDS` sends before the time limit, to every process of the
 step. The ranks get SIGTERM for it, from here; SIGUSR1 itself, which would kill them, they ignore.
+They get SIGTERM for SIGHUP too, a terminal that is closed, unless `nohup` wants it ignored.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import psutil
 
 from .note import FINISHED, NOTE_VARIABLE, REFUSED, SAVED, read_note
 
-# What a rank stops for. The launcher stops for SIGUSR1 too.
+# What a rank stops for. The launcher stops for SIGUSR1 and SIGHUP too.
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USAGE_ERROR = 2
 # Between two tries: what is left of the failed one lets go of devices and memory.
@@ -74,8 +75,7 @@ class _Supervisor:
         self.signalled = 0  # times
         self.had_ranks = False  # in the last run
         self._launcher: subprocess.Popen[bytes] | None = None
-        for number in (*SIGNALS, signal.SIGUSR1):
-            signal.signal(number, self._hand_on)
+        on_signals(self._hand_on)
 
     def run(self, command: list[str], environment: Mapping[str, str]) -> int:
         """Run the command to its end and return the exit status that its ranks' note asks for."""
@@ -118,13 +118,20 @@ class _Supervisor:
         self.signalled += 1
         if self._launcher is None:
             return
-        number = signal.SIGTERM if number == signal.SIGUSR1 else number
+        number = number if number in SIGNALS else signal.SIGTERM
         ranks = _children(self._launcher.pid)
         # A second one asks the ranks to leave without saving, a third the launcher to end them.
         if ranks and self.signalled <= 2:
             _signal(ranks, number)
         else:
             self._launcher.terminate()
+
+
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Let ``handler`` take every signal that a launcher stops for."""
+    for number in (*SIGNALS, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, handler)
 
 
 def _children(pid: int) -> list[psutil.Process]:

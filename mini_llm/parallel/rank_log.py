@@ -1,8 +1,9 @@
 """Every rank's own log: ``output_dir/logs/rank-<r>.log`` holds whatever the rank prints, and more.
 
 What goes through Python's stdout and stderr still reaches the terminal, and is written to the file
-line by line by the thread that prints it: a rank that dies loses nothing. What libraries write past
-Python (NCCL, a C++ abort) is on the terminal alone.
+line by line by the thread that prints it: a rank that dies loses nothing, and one whose terminal is
+closed goes on to its save. What libraries write past Python (NCCL, a C++ abort) is on the terminal
+alone.
 """
 
 import faulthandler
@@ -12,6 +13,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+from mini_llm.launch.terminal import go_on_without
 
 _file: TextIO | None = None
 
@@ -65,14 +68,27 @@ class _Tee:
         self._terminal = terminal
 
     def write(self, text: str) -> int:
-        written = self._terminal.write(text)
         if "\r" not in text:  # a progress bar that is drawn again
             _write(text)
-        return written
+        try:
+            return self._terminal.write(text)
+        except OSError as error:
+            self._go_on_without(error)
+            return len(text)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
             self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._terminal.flush()
+        except OSError as error:
+            self._go_on_without(error)
+
+    def _go_on_without(self, error: OSError) -> None:
+        go_on_without(self._terminal, error)
+        note(f"\nnobody reads {self._terminal.name} any more ({error}): this log alone goes on")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._terminal, name)

@@ -110,7 +110,13 @@ def supervised(
 
 
 @pytest.mark.parametrize(
-    ("sent", "received"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGTERM")]
+    ("sent", "received"),
+    [
+        ("SIGTERM", "SIGTERM"),
+        ("SIGINT", "SIGINT"),
+        ("SIGUSR1", "SIGTERM"),
+        ("SIGHUP", "SIGTERM"),  # the terminal was closed
+    ],
 )
 def test_a_signal_reaches_the_rank_alone_which_saves_and_the_status_is_0(
     programs: list[Program], tmp_path: Path, sent: str, received: str
@@ -120,6 +126,21 @@ def test_a_signal_reaches_the_rank_alone_which_saves_and_the_status_is_0(
     run.process.send_signal(signal.Signals[sent])
     assert run.wait() == 0
     assert run.said().split("\n")[1:] == ["rank is ready", f"rank got {received}", ""]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(
+    programs: list[Program], tmp_path: Path
+) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+    try:
+        run = supervised(programs, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    run.wait_for("rank is ready")
+    run.process.send_signal(signal.SIGHUP)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 0
+    assert run.said().count("rank got") == 1
 
 
 def test_sigusr1_to_every_process_as_slurm_sends_it_saves_too(
@@ -283,7 +304,7 @@ def test_a_host_that_does_not_end_when_told_is_killed(programs: list[Program], s
     assert "launch.sh: here has not ended; killing its launcher" in run.said()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_every_host(programs: list[Program], ssh: Path, sent: int) -> None:
     run = fanned_out(programs, ssh, LIVES_ON, LIVES_ON)
     run.wait_for(": up", times=2)

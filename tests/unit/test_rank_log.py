@@ -1,5 +1,7 @@
 """A rank's log holds what the rank printed, whatever way it went."""
 
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +84,27 @@ def test_a_log_that_cannot_be_written_is_said_once_and_does_not_end_the_run(tmp_
     )
     assert done.returncode == 0 and done.stdout.endswith("one\ntwo\n")
     assert done.stderr.count("cannot be written any more") == 1
+
+
+def test_a_rank_whose_terminal_is_closed_goes_on_to_its_save(tmp_path):
+    """Its log says so, and keeps what is printed from then on."""
+    ours, theirs = pty.openpty()
+    rest = (
+        "print('ready', flush=True)\nsys.stdin.read(1)\nprint('saving', flush=True)\nprint('saved')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(rest=rest), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        env={"PATH": "/usr/bin:/bin"},
+    ) as rank:
+        os.close(theirs)
+        seen = b""
+        while b"ready" not in seen:
+            seen += os.read(ours, 1000)
+        os.close(ours)
+        rank.communicate(b"x", timeout=120)
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert rank.returncode == 0
+    assert "\nsaving\n\nnobody reads <stdout> any more (" in log and log.endswith("\nsaved\n")
