@@ -278,7 +278,8 @@ def _training_rows(
 
 
 def _evaluation(progress: dict[str, Any]) -> str:
-    names = [k.split("/")[1] for k in progress if k.startswith("eval/") and k.endswith("/loss")]
+    keys = [key for key in progress if key.startswith("eval/") and key.endswith("/loss")]
+    names = [key.removeprefix("eval/").removesuffix("/loss") for key in keys]
     if not names:
         return ""
 

@@ -108,7 +108,7 @@ def summary(metrics: dict[str, Any]) -> str:
         ]
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
-            source = key.split("/")[1]
+            source = key.removeprefix("eval/").removesuffix("/loss")
             bits = metrics[f"eval/{source}/bits_per_byte"]
             parts.append(f"held-out {source} {value:.4f} ({bits:.3f} bits/byte)")
     return "  ".join(parts)

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=DEEPSEEK,
         tokenizer="somewhere/private/tokenizer",
         data={
-            "web|zh": {"path": "/home/somebody/packed", "weight": 3},
+            "web/a|zh": {"path": "/home/somebody/packed", "weight": 3},
             "books": {"path": ["hf://datasets/owner/books@main/a.parquet"], "weight": 1},
         },
         max_steps=20,
@@ -91,13 +91,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         {"step": 1, "train/loss": 9.0, "train/tokens": 100},
         {
-            **{"step": 10, "train/loss": 5.0, "train/tokens": 1000, "data/web|zh/tokens": 750},
+            **{"step": 10, "train/loss": 5.0, "train/tokens": 1000, "data/web/a|zh/tokens": 750},
             **{"data/books/tokens": 250, "eval/books/loss": 4.5, "eval/books/bits_per_byte": 1.25},
         },
         {
-            **{"step": 20, "train/loss": 3.0, "train/tokens": 2000, "data/web|zh/tokens": 1500},
+            **{"step": 20, "train/loss": 3.0, "train/tokens": 2000, "data/web/a|zh/tokens": 1500},
             **{"data/books/tokens": 500, "eval/books/loss": 2.5, "eval/books/bits_per_byte": 0.75},
-            **{"eval/web|zh/loss": None, "eval/web|zh/bits_per_byte": None},
+            **{"eval/web/a|zh/loss": None, "eval/web/a|zh/bits_per_byte": None},
         },
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
@@ -278,14 +278,14 @@ def test_card_tells_of_the_run_up_to_the_step_of_the_weights(
     for fact in (
         f"| parameters | {parameters['total']:,} |",
         f"| active parameters a token | {parameters['active']:,} |",
-        "| web\\|zh | 75.0% | 1,500 |",
+        "| web/a\\|zh | 75.0% | 1,500 |",
         "| books | 25.0% | 500 |",
         "| peak learning rate | 0.0003 |",
         "| schedule | cosine |",
         "| warmup steps | 1 |",
         "| engine | DeepSpeed ZeRO-1 on 2 rank(s), cpu |",
         "| books | 2.5000 | 0.7500 |",
-        "| web\\|zh | not finite | not finite |",
+        "| web/a\\|zh | not finite | not finite |",
         "\n# tiny\n",
         "![loss over optimizer steps](loss.png)",
         f'AutoModelForCausalLM.from_pretrained("{REPO}")',

@@ -35,6 +35,12 @@ def test_a_resumed_run_cuts_what_lies_after_its_checkpoint_and_half_a_line(tmp_p
     assert json.loads(path.read_text().splitlines()[-1])["eval/a/loss"] == 1.5
 
 
+def test_a_source_may_have_a_slash_in_its_name(tmp_path, accelerator, capsys):
+    log = MetricsLog(tmp_path, accelerator, start_step=0, max_steps=5)
+    log.write(1, {"eval/web/zh/loss": 1.5, "eval/web/zh/bits_per_byte": 0.5})
+    assert "held-out web/zh 1.5000 (0.500 bits/byte)" in capsys.readouterr().out
+
+
 def test_tokens_are_counted_by_source_without_padding_and_survive_a_resume(accelerator):
     import numpy as np
 
