@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ class MetricsLog:
         lines = self.path.read_text().splitlines(keepends=True)
         # A line that a killed run left half written has no newline; it lies after the checkpoint.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        aside = self.path.with_name(f".{self.path.name}.partial")  # a full disk must not cost it
+        aside.write_text("".join(kept))
+        os.replace(aside, self.path)
 
     def rewind(self, step: int) -> None:
         """The run goes on from ``step``: drop what was logged after it."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def test_a_resumed_run_cuts_what_lies_after_its_checkpoint_and_half_a_line(tmp_p
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     log.write(3, {"eval/a/loss": 1.5, "eval/a/bits_per_byte": 0.5})
     assert json.loads(path.read_text().splitlines()[-1])["eval/a/loss"] == 1.5
+
+
+def test_a_disk_too_full_to_cut_the_metrics_loses_none_of_them(tmp_path, accelerator):
+    path = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 501))
+    path.write_text(lines)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            MetricsLog(tmp_path, accelerator, start_step=490, max_steps=500)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == lines
 
 
 def test_a_source_may_have_a_slash_in_its_name(tmp_path, accelerator, capsys):
