@@ -141,11 +141,14 @@ def check_machine() -> Iterator[Finding]:
 
 def check_kernels() -> Iterator[Finding]:
     """Which of the optional GPU kernels are installed."""
-    found = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name, module in KERNELS.items()
-        if importlib.util.find_spec(module) is not None
-    ]
+    found = []
+    for name, module in KERNELS.items():
+        if importlib.util.find_spec(module) is not None:
+            try:
+                version = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:  # a folder on the path, not installed
+                version = "of unknown version"
+            found.append(f"{name} {version}")
     yield Finding("ok", "optional kernels", ", ".join(found) or "none (pip extra: kernels)")
 
 
@@ -299,8 +302,16 @@ def inner_optimizer(optimizer: Any) -> Any:
 
 def check_everything() -> Iterator[Finding]:
     """All findings about the machine."""
-    checks = [check_versions, check_machine, check_devices]
-    for check in [*checks, check_kernels, check_build_locks, check_deepspeed]:
+    checks = [check_versions, check_machine, check_kernels, check_build_locks]
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
+        why = " ".join(str(error).split())
+        detail = f"cannot be imported ({why}); ./launch.sh setup installs it anew"
+        yield Finding("FAIL", "torch", detail)
+    else:
+        checks += [check_devices, check_deepspeed]
+    for check in checks:
         yield from check()
 
 

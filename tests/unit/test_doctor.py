@@ -138,6 +138,23 @@ def test_the_probe_fails_where_the_engine_does_not_partition(
     assert "does not hold: the engine is DeepSpeed ZeRO-1" in finding.detail
 
 
+def test_a_torch_that_cannot_be_imported_is_a_line_of_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "check_machine", list)
+    (broken,) = [found for found in doctor.check_everything() if found.status == "FAIL"]
+    assert broken.subject == "torch" and "cannot be imported" in broken.detail
+
+
+def test_a_kernel_that_is_on_the_path_without_being_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "KERNELS", {"no-such-distribution": "json"})
+    (only,) = doctor.check_kernels()
+    assert only.detail == "no-such-distribution of unknown version"
+
+
 def test_the_exit_status_tells_a_broken_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["doctor"])
     for name in ("check_machine", "check_devices", "check_kernels", "check_build_locks"):
