@@ -50,9 +50,10 @@ def read_hostfile(path: str) -> list[Host]:
     """DeepSpeed's format: "host slots=8" a line, # for comments. UsageError names a wrong one."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no UTF-8"
         raise UsageError(
-            f"--hostfile {path} cannot be read ({error.strerror}); give a file with a line "
+            f"--hostfile {path} cannot be read ({why}); give a file with a line "
             "'host slots=8' for every node"
         ) from None
     hosts: list[Host] = []
@@ -61,7 +62,8 @@ def read_hostfile(path: str) -> list[Host]:
         if not words:
             continue
         slots = re.fullmatch(r"slots=([1-9][0-9]*)", words[1]) if len(words) == 2 else None
-        if slots is None or words[0].startswith("-"):
+        # A "-" would begin an option of ssh, brackets and commas be several hosts to pdsh.
+        if slots is None or not re.fullmatch(r"[\w.:@][\w.:@-]*", words[0]):
             raise UsageError(
                 f"--hostfile {path}, line {number}: '{line.strip()}' is not of the form 'host "
                 "slots=8', with at least one slot"
@@ -74,6 +76,13 @@ def read_hostfile(path: str) -> list[Host]:
         hosts.append(Host(words[0], int(slots[1])))
     if not hosts:
         raise UsageError(f"--hostfile {path} names no host; add a line 'host slots=8' for each")
+    for host in hosts:
+        address = host.name.rpartition("@")[2]
+        if len(hosts) > 1 and (address in ("localhost", "::1") or address.startswith("127.")):
+            raise UsageError(
+                f"--hostfile {path}: {host.name} means another machine on each of the "
+                f"{len(hosts)} hosts; give the name by which the others reach it"
+            )
     return hosts
 
 

@@ -364,12 +364,25 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path) -> None:
         ("a slots=many\n", "is not of the form"),
         ("a slots=8 b\n", "is not of the form"),
         ("-oProxyCommand=x slots=8\n", "is not of the form"),
+        ("node[1-2] slots=2\n", "is not of the form"),
+        ("b slots=8\nme@localhost slots=8\n", "me@localhost means another machine on each of"),
+        ("127.0.0.1 slots=8\nb slots=8\n", "127.0.0.1 means another machine on each of the 2"),
     ],
 )
 def test_a_bad_line_of_a_hostfile_is_named(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UsageError) as refused:
         read_hostfile(hostfile(tmp_path, text))
     assert sentence in str(refused.value) and "--hostfile" in str(refused.value)
+
+
+def test_a_hostfile_of_one_host_may_be_this_machine(tmp_path: Path) -> None:
+    assert read_hostfile(hostfile(tmp_path, "localhost slots=2\n")) == [Host("localhost", 2)]
+
+
+def test_a_hostfile_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xff\xfea slots=8\n")
+    with pytest.raises(UsageError, match=r"--hostfile .*hosts cannot be read \(no UTF-8\)"):
+        read_hostfile(str(tmp_path / "hosts"))
 
 
 def test_a_hostfile_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
