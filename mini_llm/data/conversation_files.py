@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -211,7 +212,7 @@ def _is_list(kind: pa.DataType) -> bool:
 def parse_line(line: bytes, place: int = 0) -> Found | Rejected:
     """Return the conversation of one line of jsonl."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError:
         return _rejected("not_utf8", place, line)
     except (ValueError, RecursionError):  # also a number of thousands of digits

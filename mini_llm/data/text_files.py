@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -316,7 +317,7 @@ def _jsonl_lines(piece: Piece) -> Iterator[tuple[object, object, str]]:
                 yield Rejected("too_long", place, _shown(line)), "", place
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"))
                 yield conversation_text(record), record.get("data_source") or piece.file.stem, place
             except UnicodeDecodeError:
                 yield Rejected("not_utf8", place, _shown(line)), "", place

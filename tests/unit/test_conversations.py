@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 from pathlib import Path
@@ -309,6 +310,12 @@ def test_messages_and_sharegpt_keep_system_and_thoughts() -> None:
     assert contents({"messages": messages}) == expected
     assert found({"messages": messages}).messages[-1]["reasoning_content"] == "hm"
     assert contents({"system": "Be brief.", "conversations": messages[1:]}) == expected
+
+
+def test_a_byte_order_mark_before_the_first_line_costs_nothing() -> None:
+    line = b'{"instruction": "a", "input": "", "output": "b"}\n'
+    assert parse_line(codecs.BOM_UTF8 + line) == parse_line(line)
+    assert isinstance(parse_line(line), Found)
 
 
 @pytest.mark.parametrize(

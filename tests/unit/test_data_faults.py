@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -179,6 +180,16 @@ def test_pieces_of_a_parquet_file_are_its_rows_once_each(tmp_path: Path) -> None
 
 
 # Jsonl lines
+
+
+def test_byte_order_mark_of_a_file_costs_no_line(tmp_path: Path, tokenizer: Path) -> None:
+    """As editors on Windows write it."""
+    line = json.dumps(conversation("好答案"), ensure_ascii=False).encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(codecs.BOM_UTF8 + line + b"\n" + line + b"\n")
+    out = tmp_path / "out"
+    manifest = prepare(tmp_path / "in", tokenizer, out, "--validation_fraction", 0)
+    assert (manifest.splits["train"].documents, manifest.rejected) == (2, {})
 
 
 def test_bad_lines_are_quarantined_with_reason_place_and_content(
