@@ -5,6 +5,7 @@ logits, temperature, top-k, top-p, min-p.
 """
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -45,11 +46,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            # Logits over less would overflow.
+            (
+                "temperature",
+                self.temperature == 0 or self.temperature >= 1e-6,
+                "0, or at least 1e-6",
+            ),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("frequency_penalty", isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", isfinite(self.presence_penalty), "a finite number"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ):
             if not fine:  # NaN too

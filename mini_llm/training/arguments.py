@@ -472,7 +472,7 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
             "--max_loss_jump sees a jump after the step was made, which --bad_step_policy skip "
             "cannot undo; give stop or rewind"
         )
-    if args.max_hours is not None and args.max_hours <= 0:
+    if args.max_hours is not None and not args.max_hours > 0:
         raise ValueError(f"--max_hours is {args.max_hours}; it must be above 0")
     if args.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1: a resume needs one checkpoint")

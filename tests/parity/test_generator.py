@@ -307,6 +307,7 @@ def test_the_repetition_penalty_gives_the_tokens_of_generate(models, tokenizer):
     [
         *[("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0)],
         *[("min_p", 1.1), ("repetition_penalty", 0), ("max_new_tokens", 0)],
+        *[("temperature", 1e-40), ("frequency_penalty", float("nan"))],
     ],
 )
 def test_sampling_that_means_nothing_is_refused_by_its_name(field, value):

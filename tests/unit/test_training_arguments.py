@@ -152,6 +152,7 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
         ({"seed": 2**32}, "--seed"),
         ({"adam_beta2": 1.0}, "--adam_beta2"),
         ({"adam_epsilon": -1.0}, "--adam_epsilon"),
+        ({"max_hours": float("nan")}, "--max_hours"),
         ({"weight_decay": float("nan")}, "--weight_decay"),
         ({"balance_loss_weight": -1.0}, "--balance_loss_weight"),
         ({"mtp_loss_final_weight": -1.0}, "--mtp_loss_final_weight"),
