@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -86,6 +87,23 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
     ]
     for job, length, tokens in zip(jobs, lengths, expected, strict=True):
         assert job.tokens() == tokens[:length]
+
+
+@pytest.mark.slow
+def test_a_request_is_answered_by_its_own_sampling_whatever_else_the_checkpoint_says(
+    checkpoint: Path,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model.generation_config = GenerationConfig(
+        num_beams=4, no_repeat_ngram_size=1, repetition_penalty=9.0, forced_eos_token_id=0
+    )
+    engine = make_engine(model, frozenset({0}), rows=3, context=128)
+    try:
+        prompt = AutoTokenizer.from_pretrained(checkpoint)(PROMPTS[0])["input_ids"]
+        (expected,) = reference_tokens(checkpoint, PROMPTS[:1], 12)
+        assert Collected(engine, prompt, 12).tokens() == expected
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow

@@ -210,6 +210,8 @@ class PlainBatching(Engine):
 
     def __init__(self, model: Any, end_tokens: frozenset[int], *, rows: int) -> None:
         self._model, self.end_tokens, self._rows = model, end_tokens, rows
+        # generate would take what it is not told from there: beams, forced tokens, penalties.
+        model.generation_config = GenerationConfig()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._closing = False
@@ -276,7 +278,7 @@ class PlainBatching(Engine):
                 max_new_tokens=max(job.max_new_tokens for job in jobs),
                 pad_token_id=min(self.end_tokens, default=0),
                 eos_token_id=sorted(self.end_tokens) or None,
-                # Neutral, for what is None here comes from the model's own generation config.
+                # Neutral, for what is None here has a default that is not.
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,

@@ -54,7 +54,8 @@ def serve(
     except ValueError as error:
         raise ValueError(f"CKPT: {checkpoint} cannot be opened ({error})") from error
     model = model.to(device).eval()
-    ends = end_tokens(tokenizer, model.generation_config)
+    defaults = model.generation_config
+    ends = end_tokens(tokenizer, defaults)
     context = model.config.max_position_embeddings
     rows = arguments.max_concurrent_requests
     engine = make_engine(model, ends, rows=rows, context=context)
@@ -62,8 +63,8 @@ def serve(
     served = Served(
         name=name,
         tokenizer=tokenizer,
-        is_chat_model=is_chat_model(tokenizer, model.generation_config),
-        generation_config=model.generation_config,
+        is_chat_model=is_chat_model(tokenizer, defaults),
+        generation_config=defaults,
         vocab_size=model.config.vocab_size,
         engine=engine,
         slots=asyncio.Semaphore(rows),
