@@ -53,11 +53,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
     """Command-line entry; returns the exit status, 2 after one sentence about a mistake."""
     try:
         flags = parse_flags(command_line)
-        results, folder, checkpoint = evaluate(flags)
+        write(*evaluate(flags))
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    write(results, folder, checkpoint)
     return 0
 
 

@@ -23,7 +23,7 @@ def gpu_count() -> int:
             "the CPU"
         )
         return 0
-    return len(visible.split(",")) if visible else seen
+    return sum(1 for word in visible.split(",") if word.strip()) if visible else seen
 
 
 def _driver_gpus() -> int:
@@ -54,7 +54,7 @@ def torch_build(kind: str) -> str | None:
 def threads_per_process(processes: int) -> int:
     """This machine's cores shared out, unless the user chose: OMP_NUM_THREADS."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit():
+    if chosen.isdecimal() and int(chosen) > 0:
         return int(chosen)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -537,6 +537,17 @@ def test_data_of_a_run_that_is_gone_is_named_with_the_ways_on(mistaken: Any, run
     assert "gone/away does not exist" in said and "--skip held_out" in said
 
 
+def test_results_that_cannot_be_written_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").mkdir()
+    found = {"held_out": {}}, tmp_path, find_checkpoint(str(run))
+    monkeypatch.setattr(command, "evaluate", lambda flags: found)
+    assert command.main([str(run)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after progress bars of the fixture
+    assert last.startswith("error: [Errno 21] Is a directory")
+
+
 def test_without_lm_eval_the_extra_is_named_and_held_out_text_is_measured_all_the_same(
     mistaken: Any,
     run: Path,

@@ -12,7 +12,7 @@ import pytest
 
 from mini_llm.command_line import UsageError
 from mini_llm.launch import command as command_module
-from mini_llm.launch import network, nodes
+from mini_llm.launch import devices, network, nodes
 from mini_llm.launch.__main__ import main
 from mini_llm.launch.command import REPOSITORY, Launch, build_launch
 from mini_llm.launch.fan_out import Host, host_commands, read_hostfile
@@ -463,3 +463,23 @@ def test_without_pdsh_and_ssh_the_way_by_hand_is_named(
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UsageError, match="needs pdsh or ssh"):
         commands(hosts=TWO, environment={})
+
+
+@pytest.mark.parametrize("chosen", ["0", "²", "many", "-1"])
+def test_a_number_of_threads_that_is_none_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert devices.threads_per_process(1) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    assert devices.threads_per_process(10_000) == 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0", 1), ("0,1,", 2), ("2, 3", 2), ("", 0)])
+def test_processes_are_as_many_as_the_visible_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str, count: int
+) -> None:
+    monkeypatch.setattr(devices, "_driver_gpus", lambda: 8)
+    monkeypatch.setattr(devices, "torch_build", lambda kind: "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices.gpu_count() == count
