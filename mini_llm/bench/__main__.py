@@ -11,6 +11,7 @@
     python -m mini_llm.bench traffic --model mini_llama3 --bf16 true
     nice python -m mini_llm.bench learning --keep output/learning
     python -m mini_llm.bench all --json bench.json --markdown bench.md
+    python -m mini_llm.bench all --only step recipes
 
 Those of traffic are computed by a formula, those of learning are losses. The others are medians,
 with minimum and maximum, of variants that take turns: on a CPU of CPU time, which other work on the
@@ -248,6 +249,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     of_all.add_argument("--steps", type=int, default=20, help="counted ones (default: 20)")
     of_all.add_argument("--input", type=Path, nargs="+", help="text, to measure data on too")
+    of_all.add_argument(
+        "--only",
+        nargs="+",
+        choices=[name for name in what.choices if name not in ("experts", "learning", "all")],
+        help="of these commands (default: of all)",
+    )
     for command in (of_step, of_recipes, *of_parts, of_generation, of_all):
         command.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
@@ -377,12 +384,17 @@ def measure_all(args: argparse.Namespace) -> list[str]:
 
     What is measured is written at once, so neither a failure nor an interruption loses it.
     """
-    from .measure import choose_device
+    from ..device import choose_device
 
     commands = all_commands(choose_device(args.device).type, args.steps)
     if args.input:
         paths = [str(path) for path in args.input]
         commands.append(["data", "--input", *paths, "--repeats", str(args.steps)])
+    if args.only:
+        commands = [command for command in commands if command[0] in args.only]
+        absent = sorted(set(args.only) - {command[0] for command in commands})
+        if absent:
+            raise ValueError(_why_absent(absent[0]))
     figures: dict[str, Any] = {}
     tables, failed = [], []
     for command in commands:
@@ -397,6 +409,12 @@ def measure_all(args: argparse.Namespace) -> list[str]:
         tables.append(f"`{line}`\n\n{table}")
         write(args, figures, "\n\n".join(tables))
     return failed
+
+
+def _why_absent(command: str) -> str:
+    if command == "data":
+        return "--only data: give --input, the text to measure it on"
+    return f"--only {command}: it is measured on a CPU alone; add --device cpu"
 
 
 def write(args: argparse.Namespace, figures: dict[str, Any], tables: str) -> None:

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from ..data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
+from ..device import choose_device
 from ..inference.generator import Generator
 from ..inference.sampling import Sampling
 from ..models import build_model, load_model
 from .measure import (
-    choose_device,
     device_name,
     interleaved,
     machine,

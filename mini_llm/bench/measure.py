@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that ``--device`` means: auto is a GPU where there is one."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     import torch

@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from ..device import choose_device
 from ..models import build_model
 from ..models.common.delta_net import delta_rule, find_kernels
 from ..models.common.experts import Experts, eager_experts
@@ -36,7 +37,6 @@ from ..models.common.loss import (
 )
 from ..training.optimizer import build_optimizer
 from .measure import (
-    choose_device,
     device_name,
     interleaved,
     machine,

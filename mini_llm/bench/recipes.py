@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
+from ..device import choose_device
 from ..training.arguments import REPOSITORY
 from .measure import (
-    choose_device,
     device_name,
     machine,
     markdown_table,

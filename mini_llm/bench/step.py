@@ -27,13 +27,13 @@ import torch
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from ..device import choose_device
 from ..models import build_model
 from ..training.arguments import REPOSITORY
 from ..training.sizes import count_parameters, training_flops
 from ..training.timing import peak_flops
 from .loops import TOKENS, WEIGHTS, Job
 from .measure import (
-    choose_device,
     device_name,
     machine,
     markdown_table,

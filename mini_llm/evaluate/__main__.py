@@ -69,10 +69,14 @@ def evaluate(flags: Flags) -> tuple[Results, Path, Checkpoint]:
     start = time.monotonic()
     checkpoint = find_checkpoint(flags.checkpoint)
     folder = output_folder(flags, checkpoint)
+    from mini_llm.device import choose_device
     from mini_llm.parallel.environment import prepare_environment
 
     prepare_environment()
-    device = choose_device(flags.device)
+    try:
+        device = choose_device(flags.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     if flags.apply_chat_template and not tokenizer.chat_template:
@@ -168,21 +172,6 @@ def output_folder(flags: Flags, checkpoint: Checkpoint) -> Path:
         return results_folder(checkpoint.run, checkpoint.step)
     name = checkpoint.where if not Path(checkpoint.where).exists() else Path(checkpoint.where).name
     return Path("output") / FOLDER / (name.replace("/", "--") or "model")
-
-
-def choose_device(name: str) -> Any:
-    """torch's device of --device. Raises UsageError for one that is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here ({reason})") from None
-    return device
 
 
 def open_text(

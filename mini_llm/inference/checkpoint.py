@@ -6,10 +6,10 @@ from typing import Any
 from .generator import Generator
 
 
-def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Generator:
+def open_generator(checkpoint: str, *, device: str = "auto", dtype: str = "") -> Generator:
     """The Generator of a run folder, its final/, a checkpoints/step-N, a stock folder or a hub id.
 
-    ``device`` defaults to the first GPU, else the CPU; ``dtype`` (float32, bfloat16, float16) to
+    ``device`` is by default the first GPU, else the CPU; ``dtype`` (float32, bfloat16, float16) to
     the checkpoint's own on a GPU and float32 on a CPU. Raises ValueError, in one sentence, for what
     cannot be opened.
     """
@@ -17,18 +17,12 @@ def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Gen
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
     from transformers.utils.logging import disable_progress_bar
 
+    from mini_llm.device import choose_device
     from mini_llm.models import ARCHITECTURES, load_model, load_trained
 
     folder = find_checkpoint(checkpoint)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device: {device} cannot be used here ({reason}); leave it out, or give cpu"
-        ) from None
-    chosen = getattr(torch, dtype) if dtype else "auto" if device != "cpu" else torch.float32
+    place = choose_device(device)
+    chosen = getattr(torch, dtype) if dtype else "auto" if place.type != "cpu" else torch.float32
     disable_progress_bar()
     try:
         fields, _ = PreTrainedConfig.get_config_dict(folder)
@@ -45,7 +39,7 @@ def open_generator(checkpoint: str, *, device: str = "", dtype: str = "") -> Gen
             f"CKPT: the tokenizer in {folder} has {len(tokenizer)} entries, the model only "
             f"{fields['vocab_size']}; put the tokenizer there that it was trained with"
         )
-    return Generator(model.to(device), tokenizer)
+    return Generator(model.to(place), tokenizer)
 
 
 def find_checkpoint(checkpoint: str) -> Path:

@@ -30,7 +30,9 @@ _NUMBERS: dict[str, tuple[type, str]] = {
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """CKPT and where it computes."""
     parser.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_HELP)
-    parser.add_argument("--device", default="", help="default: the first GPU, else cpu")
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1"
+    )
     parser.add_argument(
         "--dtype",
         default="",

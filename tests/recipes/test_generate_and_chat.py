@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert "cannot be read as UTF-8" in fails(
         capsys, generate.main, base, "--prompt_file", str(base_folder / "model.safetensors")
     )
-    for device in ("gpu", "cpu:x", "mps:99"):
+    for device in ("gpu", "cpu:x", "mps:99", "meta"):
         assert f"--device: {device} cannot be used here" in fails(
             capsys, generate.main, base, *prompt, "--device", device
         )

@@ -368,6 +368,8 @@ def test_all_writes_the_figures_of_each_of_its_commands(
 
     # One that fails is named, and costs the others nothing.
     monkeypatch.setattr(bench, "all_commands", lambda *_: [failing, sound])
+    bench.main([*everything, "--only", "traffic"])
+    assert json.loads(figures.read_text()) == written
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         bench.main(everything)
@@ -386,6 +388,12 @@ def test_all_writes_the_figures_of_each_of_its_commands(
         (["traffic", "--json", "no/where.json"], "--json no/where.json: give a file in a folder"),
         (["traffic", "--markdown", "."], "--markdown .: give a file in a folder that exists"),
         (["all", "--input", "no/such/folder"], "--input: no/such/folder does not exist"),
+        (["all", "--only", "data"], "--only data: give --input, the text to measure it on"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(["step", "--device", "cuda"], "--device: cuda cannot be used here")]
+        ),
     ],
 )
 def test_what_would_fail_after_measuring_is_refused_before(

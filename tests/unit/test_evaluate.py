@@ -484,7 +484,7 @@ def test_mistakes_are_one_sentence_before_a_model_is_loaded(
     assert "has no chat template" in mistaken(
         foreign, "--skip", "held_out", "--apply_chat_template", "true"
     )
-    assert "--device tpu cannot be used here" in mistaken(run, "--device", "tpu")
+    assert "--device: tpu cannot be used here" in mistaken(run, "--device", "tpu")
     for seed, why in ((-1, "is too small; give 0 or more"), (2**32, "is too large")):
         assert f"--seed: {seed} {why}" in mistaken(run, "--seed", seed)
     assert "--num_fewshot 6: mini_choice_zh has only 5 solved examples" in mistaken(

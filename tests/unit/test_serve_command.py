@@ -124,7 +124,8 @@ def test_a_folder_without_weights_is_refused(
         (["--max_concurrent_requests", "0"], "must be a whole number of at least 1"),
         (["--request_timeout", "nan"], "must be a number of seconds above 0"),
         (["--max_body_bytes", "1e6"], "must be a whole number of at least 1"),
-        (["--device", "tpu"], "--device: must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--port", "0", "--device", "tpu"], "--device: tpu cannot be used here"),
+        (["--port", "0", "--device", "meta"], "--device: meta cannot be used here"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -3,7 +3,6 @@
 import argparse
 import ipaddress
 import os
-import re
 import socket
 import sys
 from pathlib import Path
@@ -92,9 +91,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, the checkpoint's own on a GPU",
     )
-    flags.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU if there is one)"
-    )
+    flags.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1")
     return flags
 
 
@@ -116,12 +113,6 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
     return seconds
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return text
 
 
 def main(command_line: list[str] | None = None) -> None:

@@ -7,12 +7,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import uvicorn
 from transformers import AutoModelForCausalLM
 
 from mini_llm.data.tokenizer import load_tokenizer
+from mini_llm.device import choose_device
 from mini_llm.inference.ends import end_tokens, is_chat_model
 from mini_llm.models import load_trained
 
@@ -39,14 +39,9 @@ def serve(
     # generate() and the cache warn again and again, of what is meant here.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    device = choose_device(arguments.device)
     tokenizer = load_tokenizer(checkpoint)
-    device = arguments.device
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = torch.cuda.device_count()
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
-        raise ValueError(f"--device {device}: torch sees {gpus} GPU(s) here; use --device cpu")
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")
     # The stock class: what continuous batching is made for and tested with.
     load = AutoModelForCausalLM.from_pretrained
     try:
