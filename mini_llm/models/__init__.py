@@ -229,6 +229,13 @@ def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
             empty_model(config)
         except ValueError as error:
             raise ValueError(f"--model_overrides: {error}") from error
+        if "full_attention" not in (getattr(config, "layer_types", None) or ["full_attention"]):
+            # It would train until its first sample.
+            raise ValueError(
+                "--model_overrides: no layer has full attention (see layer_types), and "
+                "transformers generates with a cache only where one has; give more "
+                "num_hidden_layers, or a smaller full_attention_interval"
+            )
         return
     if is_checkpoint(model):
         fields = _config_fields(model)

@@ -239,6 +239,11 @@ class DeepseekV3Router(nn.Module):
                 f"n_routed_experts {E} must be a multiple of n_group {G} with 2 experts or more in "
                 "a group, whose score is the sum of its two best"
             )
+        if config.topk_group < G and config.num_experts_per_tok > E // G * config.topk_group:
+            raise ValueError(
+                f"num_experts_per_tok {config.num_experts_per_tok} is more than the "
+                f"{E // G * config.topk_group} experts of topk_group {config.topk_group} groups"
+            )
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
