@@ -79,7 +79,7 @@ def _examined(
         f"./launch.sh {recipe} --config recipes/configs/mini_llama3/{recipe}.yaml --data {mapping}"
         for recipe in ("pretrain", "sft")
     )
-    sft_raw = f"{sft} {flags} --num_train_epochs 0 --max_steps 1000"  # not counted beforehand
+    sft_raw = f"{sft} {flags} --max_steps 1000"  # epochs are not counted beforehand
 
     kind = prepared_kind(data)
     if kind is Kind.PREPARED:

@@ -229,7 +229,8 @@ class SftArguments(RunArguments):
         True,
     )
     num_train_epochs: float = _arg(
-        "passes over the data, which then decide --max_steps (0: they do not; packed data only)",
+        "passes over the data, which then decide max_steps (0: they do not; packed data only); "
+        "--max_steps on the command line wins over the YAML's",
         0.0,
     )
     global_batch_tokens: int = _arg(
@@ -304,6 +305,11 @@ def parse_arguments(
         values[name] = _convert(value, types[name], f"{config_path}: {name}", parser)
     for name, value in flags.items():
         values[name] = _convert(value, types[name], f"--{name}", parser)
+    if "max_steps" in flags and "num_train_epochs" in types:
+        if "num_train_epochs" not in flags:
+            values["num_train_epochs"] = 0.0  # the file's would decide over the command line
+        elif values["num_train_epochs"]:
+            parser.error("--num_train_epochs decides --max_steps; give one of the two")
     for item in dataclasses.fields(cls):
         required = item.default is dataclasses.MISSING is item.default_factory
         if required and item.name not in values:
@@ -409,7 +415,7 @@ def steps_of_epochs(args: SftArguments, rows_per_epoch: int | None) -> int:
     if rows_per_epoch is None:
         raise ValueError(
             "--num_train_epochs: raw conversations are not counted before they are packed; give "
-            "--num_train_epochs 0 and --max_steps, or pack them with data_tools/prepare_sft.py"
+            "--max_steps, or pack them with data_tools/prepare_sft.py"
         )
     return math.ceil(args.num_train_epochs * rows_per_epoch / args.rows_per_step())
 
