@@ -25,6 +25,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # DeepSpeed calls torch functions by their old names; nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    # The oldest transformers that we support has no other name for it; pyproject.toml ends below 6.
+    old_name = "`gradient_checkpointing_enable` is deprecated"
+    warnings.filterwarnings("ignore", category=FutureWarning, message=old_name)
     for lock in clear_stale_build_locks():
         print(f"removed a stale DeepSpeed build lock: {lock}", flush=True)
 

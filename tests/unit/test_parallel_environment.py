@@ -1,10 +1,12 @@
 """Launcher requests, stale build locks, DeepSpeed configs that are refused."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
+from mini_llm.models import build_model
 from mini_llm.parallel import environment
 from mini_llm.parallel.engine import fill_deepspeed_config
 from mini_llm.parallel.environment import (
@@ -128,3 +130,13 @@ def test_a_one_process_job_is_described_without_touching_what_a_launcher_set(mon
     environment.join_as_single_process()
     assert variables["WORLD_SIZE"] == "1" and variables["RANK"] == variables["LOCAL_RANK"] == "0"
     assert variables["MASTER_ADDR"] == "10.0.0.1" and int(variables["MASTER_PORT"]) > 0
+
+
+def test_gradient_checkpointing_by_its_old_name_warns_nobody(monkeypatch):
+    monkeypatch.setattr(environment, "clear_stale_build_locks", list)
+    model = build_model("mini_llama3_tiny", num_hidden_layers=1, vocab_size=64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        environment.prepare_environment()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing and not caught
