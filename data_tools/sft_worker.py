@@ -288,5 +288,6 @@ def quarantine_line(file: Path, rejected: Rejected) -> bytes:
 
 def read_self_awareness(stages: Path) -> list[Conversation]:
     """Return the conversations about the model."""
-    lines = read_array(stages, SELF_AWARENESS, "jsonl").tobytes().decode()
+    lines = read_array(stages, SELF_AWARENESS, "jsonl").tobytes()
+    # Bytes: a str is also split at U+2028 and U+0085, which a JSON string may hold as they are.
     return [json.loads(line) for line in lines.splitlines()]

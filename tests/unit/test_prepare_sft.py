@@ -445,6 +445,19 @@ def test_broken_self_awareness_file_is_named(tmp_path: Path) -> None:
             SelfAwareness.of(flags([path], path, path, self_awareness_file=path))
 
 
+def test_line_separators_in_what_the_model_says_of_itself_are_text(
+    source: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    described: dict[str, Any] = {"facts": {"en": {}}, "endpoint_system": {"en": "Answer."}}
+    answer = "a model\u2028small\u2029and\x85new"
+    described["topics"] = [{"language": "en", "questions": ["Who?"], "answers": [answer]}]
+    path = tmp_path / "me.yaml"
+    path.write_text(yaml.safe_dump(described))
+    prepare([source], tokenizer_dir, tmp_path / "out", self_awareness_file=path)
+    said = conversations_of(tmp_path / "out", tokenizer_dir)
+    assert [text for text in said if f"assistant\n{answer}<|im_end|>" in text]
+
+
 class Endpoint(ThreadingHTTPServer):
     """A loopback server that speaks as much of the OpenAI API as is needed."""
 
