@@ -30,7 +30,6 @@ MAX_LINE_BYTES = 64 << 20
 QUARANTINED_CHARACTERS = 1000
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
-SPACE_BEFORE_LINE_END = re.compile(r"[^\S\n]+$", re.MULTILINE)
 
 
 class BadFileError(ValueError):
@@ -169,7 +168,8 @@ def clean_text(text: str) -> str:
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = CONTROL_CHARACTERS.sub("", text)
-    return SPACE_BEFORE_LINE_END.sub("", text).lstrip("\n").rstrip()
+    # Not by a regular expression, for which a long run of spaces inside a line is quadratic.
+    return "\n".join(line.rstrip() for line in text.split("\n")).lstrip("\n").rstrip()
 
 
 def conversation_text(record: dict[str, Any]) -> str:
