@@ -62,6 +62,7 @@ from mini_llm.data.text_files import (
     TEXT_SUFFIXES,
     BadFileError,
     Document,
+    ParquetReader,
     Piece,
     Rejected,
     check_text_file,
@@ -549,7 +550,7 @@ class Worker:
         self._validation_threshold = int(settings.validation_fraction * 2**64)
         self._encode: Callable[[str], np.ndarray] | None = None  # opened when it is first used
         self._read_piece = (
-            read_piece
+            partial(read_piece, parquet=ParquetReader())
             if settings.is_text
             else TokenReader(
                 Path(settings.tokenizer), settings.vocab_size, settings.end_of_document

@@ -26,9 +26,9 @@ from .text_files import (
     QUARANTINED_CHARACTERS,
     READ_BUFFER_BYTES,
     BadFileError,
+    ParquetReader,
     Piece,
     Rejected,
-    parquet_batches,
     parquet_pieces,
     text_pieces,
 )
@@ -130,8 +130,13 @@ def conversation_pieces(file: Path, *, max_documents: int, max_bytes: int) -> li
     return parquet_pieces(file, RECORD_COLUMNS, max_documents=max_documents, max_bytes=max_bytes)
 
 
-def read_conversations(piece: Piece) -> Iterator[Found | Rejected]:
-    """Yield every line or row of a piece as a conversation or as its rejection."""
+def read_conversations(
+    piece: Piece, parquet: ParquetReader | None = None
+) -> Iterator[Found | Rejected]:
+    """Yield every line or row of a piece as a conversation or as its rejection.
+
+    `parquet` is for who reads several pieces, one after the other.
+    """
     if piece.file.suffix == ".jsonl":
         for _, line in read_lines(piece.file, piece.start, piece.stop):
             yield line
@@ -139,7 +144,7 @@ def read_conversations(piece: Piece) -> Iterator[Found | Rejected]:
     row = piece.start
     try:
         columns = [name for name in pq.read_schema(piece.file).names if name in RECORD_COLUMNS]
-        for batch in parquet_batches(piece, columns):
+        for batch in (parquet or ParquetReader()).batches(piece, columns):
             for record in _records(batch):
                 yield _from_row(record, f"row {row}")
                 row += 1

@@ -12,7 +12,7 @@ from .conversation_files import Found, conversation_pieces, digest, read_convers
 from .conversations import ChatEncoder, Conversation, Encoded
 from .packed_stream import Row
 from .sft_files import pack_conversations
-from .text_files import Piece, Rejected
+from .text_files import ParquetReader, Piece, Rejected
 
 PREPARE_CONVERSATIONS = "data_tools/prepare_sft.py"
 # What prepare_sft.py holds out unless it is told otherwise.
@@ -30,6 +30,7 @@ class ChatDocuments:
         self.held_out_fraction = HELD_OUT_FRACTION
         self._encoder = encoder
         self._seq_len = seq_len
+        self._parquet = ParquetReader()
 
     def pieces(self, path: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
         """Cut a file into pieces of about at most so many conversations and bytes."""
@@ -37,7 +38,7 @@ class ChatDocuments:
 
     def read(self, piece: Piece) -> Iterator[Conversation | Rejected]:
         """Yield the conversations of a piece."""
-        for line in read_conversations(piece):
+        for line in read_conversations(piece, self._parquet):
             yield line.messages if isinstance(line, Found) else line
 
     def num_bytes(self, document: Conversation) -> int:

@@ -33,6 +33,7 @@ from .text_files import (
     TEXT_SUFFIXES,
     BadFileError,
     Document,
+    ParquetReader,
     Piece,
     Rejected,
     check_text_file,
@@ -457,6 +458,7 @@ class TextDocuments:
         self._dtype = np.dtype(np.uint16 if slow.get_vocab_size() <= 1 << 16 else np.uint32)
         self._encode_text = encode_function(tokenizer)
         self._seq_len = seq_len
+        self._parquet = ParquetReader()
 
     def pieces(self, path: Path, *, max_documents: int, max_bytes: int) -> list[Piece]:
         """Cut a file into pieces of about at most so many documents and bytes."""
@@ -464,7 +466,7 @@ class TextDocuments:
 
     def read(self, piece: Piece) -> Iterator[Document | Rejected]:
         """Yield the documents of a piece."""
-        return read_piece(piece)
+        return read_piece(piece, self._parquet)
 
     def num_bytes(self, document: Document) -> int:
         """Return the bytes of a document's text."""

@@ -26,6 +26,7 @@ from .progress import Progress
 from .text_files import (
     MAX_LINE_BYTES,
     BadFileError,
+    ParquetReader,
     Piece,
     Rejected,
     read_piece,
@@ -180,6 +181,7 @@ class SamplingWorker:
 
     def __init__(self, settings: SamplingSettings) -> None:
         self._settings = settings
+        self._parquet = ParquetReader()
         self._codes = {share.source: code for code, share in enumerate(settings.shares)}
 
     def __call__(self, job: SamplingJob) -> int | BadFileError:
@@ -200,7 +202,7 @@ class SamplingWorker:
         """Return the hashes, source by source, and what is rejected."""
         hashes: dict[str, list[int]] = {}
         rejected: Counter[str] = Counter()
-        for row in read_piece(piece):
+        for row in read_piece(piece, self._parquet):
             if isinstance(row, Rejected):
                 rejected[row.reason] += 1
             else:
@@ -224,7 +226,7 @@ class SamplingWorker:
         scores = _scores(piece)
         taken: list[tuple[int, int, int, float, bytes]] = []
         with piece.file.open("rb") as lines:
-            for row in read_piece(piece):
+            for row in read_piece(piece, self._parquet):
                 if isinstance(row, Rejected):
                     continue
                 text_hash = document_hash(row.text, self._settings.seed)

@@ -12,9 +12,9 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -153,9 +153,15 @@ def parquet_pieces(
     ]
 
 
-def read_piece(piece: Piece) -> Iterator[Document | Rejected]:
-    """Yield every row or line of a piece as a document or as its rejection."""
-    rows = _jsonl_lines(piece) if piece.file.suffix == ".jsonl" else _parquet_rows(piece)
+def read_piece(piece: Piece, parquet: ParquetReader | None = None) -> Iterator[Document | Rejected]:
+    """Yield every row or line of a piece as a document or as its rejection.
+
+    `parquet` is for who reads several pieces, one after the other.
+    """
+    if piece.file.suffix == ".jsonl":
+        rows = _jsonl_lines(piece)
+    else:
+        rows = _parquet_rows(piece, parquet or ParquetReader())
     for text, source, place in rows:
         yield _checked(text, source, place)
 
@@ -206,10 +212,10 @@ def _checked(text: object, source: object, place: str) -> Document | Rejected:
 # Parquet
 
 
-def _parquet_rows(piece: Piece) -> Iterator[tuple[object, object, str]]:
+def _parquet_rows(piece: Piece, parquet: ParquetReader) -> Iterator[tuple[object, object, str]]:
     row = piece.start
     try:
-        for batch in parquet_batches(piece, ["text", "source"]):
+        for batch in parquet.batches(piece, ["text", "source"]):
             texts = _strings(batch["text"], row)
             for text, source in zip(texts, _strings(batch["source"], row), strict=True):
                 # A source that is no text makes the row as bad as a text that is none.
@@ -227,34 +233,66 @@ def _parquet_rows(piece: Piece) -> Iterator[tuple[object, object, str]]:
         )
 
 
-def parquet_batches(piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield these columns of a piece's rows, some hundred rows at a time."""
+class ParquetReader:
+    """Reads pieces of parquet, and goes on with the next piece where the last one ended.
+
+    A row group can be decoded from its beginning only, and it may be the whole file: piece by piece
+    from the beginning would be quadratic.
+    """
+
+    def __init__(self) -> None:
+        self._reads: tuple[Path, Sequence[str]] | None = None
+        self._following: Iterator[_Batch] = iter(())
+        self._last: _Batch | None = None
+
+    def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield these columns of a piece's rows, some hundred rows at a time."""
+        last, self._last = self._last, None  # kept again when this piece was read to its end
+        if (
+            last is None
+            or self._reads != (piece.file, columns)
+            or not last.start <= piece.start < last.group_stop
+        ):
+            self._reads = piece.file, columns
+            self._following = _batches_from(piece.file, columns, piece.start)
+            last = None
+        for batch in self._following if last is None else chain([last], self._following):
+            first = max(piece.start - batch.start, 0)
+            chosen = batch.rows.slice(first, max(piece.stop - batch.start - first, 0))
+            if chosen.num_rows:
+                yield chosen
+            if batch.start + batch.rows.num_rows >= piece.stop:
+                self._last = batch
+                return
+
+
+class _Batch(NamedTuple):
+    """Some hundred rows: the number of the first one, and of the first beyond its row group."""
+
+    start: int
+    group_stop: int
+    rows: pa.RecordBatch
+
+
+def _batches_from(file: Path, columns: Sequence[str], first_row: int) -> Iterator[_Batch]:
+    """Yield the batches of a file from the row group of `first_row` on."""
     # Read through a small buffer and without reading ahead: a row group may be larger than memory.
     with pq.ParquetFile(
-        piece.file,
-        pre_buffer=False,
-        buffer_size=READ_BUFFER_BYTES,
-        page_checksum_verification=True,
+        file, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True
     ) as parquet:
-        group_start = 0
+        start = 0
         for group in range(parquet.metadata.num_row_groups):
-            group_stop = group_start + parquet.metadata.row_group(group).num_rows
-            if group_stop > piece.start and group_start < piece.stop:
-                batch_start = group_start
-                for batch in parquet.iter_batches(
+            group_stop = start + parquet.metadata.row_group(group).num_rows
+            if group_stop > first_row:
+                for rows in parquet.iter_batches(
                     READ_BATCH_ROWS,
                     row_groups=[group],
                     columns=list(columns),
                     use_threads=False,
                 ):
-                    first = max(piece.start - batch_start, 0)
-                    chosen = batch.slice(first, max(piece.stop - batch_start - first, 0))
-                    if chosen.num_rows:
-                        yield chosen
-                    batch_start += batch.num_rows
-                    if batch_start >= piece.stop:
-                        break
-            group_start = group_stop
+                    yield _Batch(start, group_stop, rows)
+                    start += rows.num_rows
+            start = group_stop
 
 
 def _strings(column: pa.Array, first_row: int) -> list[Any]:

@@ -6,6 +6,7 @@ import codecs
 import errno
 import json
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,15 @@ import pytest
 from data_tools import prepare_pretrain
 from mini_llm.data import durable, jobs, text_files
 from mini_llm.data.manifest import load_manifest
-from mini_llm.data.text_files import Document, Rejected, read_documents, read_piece, text_pieces
+from mini_llm.data.text_files import (
+    Document,
+    ParquetReader,
+    Piece,
+    Rejected,
+    read_documents,
+    read_piece,
+    text_pieces,
+)
 from tests.unit.prepare_fixtures import (
     all_decoded,
     conversation,
@@ -177,6 +186,22 @@ def test_pieces_of_a_parquet_file_are_its_rows_once_each(tmp_path: Path) -> None
     found = [document for piece in pieces for document in read_piece(piece)]
     assert found == [Document(text, "web", f"row {row}") for row, text in enumerate(texts)]
     assert len(text_pieces(file, max_documents=10**9, max_bytes=5000)) > 3
+
+
+def test_one_reader_gives_the_rows_of_pieces_in_any_order(tmp_path: Path) -> None:
+    texts = example_texts(1000)
+    files = [write_shard(tmp_path / f"{n}.parquet", texts, row_group_size=n) for n in (300, 1000)]
+    draw = random.Random(0)
+    parquet = ParquetReader()
+    for _ in range(200):
+        start = draw.randrange(1000)
+        piece = Piece(draw.choice(files), start, draw.randint(start + 1, 1000), 0, 0)
+        rows = read_piece(piece, parquet)
+        if draw.random() < 0.2:  # left before its end
+            next(rows)
+            continue
+        found = [document.text for document in rows if isinstance(document, Document)]
+        assert found == texts[piece.start : piece.stop]
 
 
 # Jsonl lines

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mini_llm.data import raw_stream
+from mini_llm.data import raw_stream, text_files
 from mini_llm.data.manifest import TokenizerEntry, write_manifest
 from mini_llm.data.stream import RowStream, open_stream, open_validation
 from mini_llm.data.tokenizer import text_encoder, tokenizer_fingerprint
@@ -112,6 +113,26 @@ def test_ranks_together_read_every_document_once_an_epoch(
         assert {epoch_of(stream) for stream in streams} == {epoch + 1}
         seed_order.append([row["input_ids"].tolist() for row in rows])
     assert seed_order[0] != seed_order[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_file_of_one_large_row_group_is_decoded_once_an_epoch(
+    tmp_path: Path, open_raw: Any, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    write_shard(tmp_path / "a.parquet", example_texts(1000))
+    decoded = 0
+    batches_of = pq.ParquetFile.iter_batches
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        nonlocal decoded
+        for batch in batches_of(*arguments, **options):
+            decoded += batch.num_rows
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    with open_raw(tmp_path, world_size=world_size, rows_per_step=world_size) as stream:
+        list(rows_of_an_epoch(stream))
+    assert 1000 - text_files.READ_BATCH_ROWS <= decoded <= 1000 + text_files.READ_BATCH_ROWS
 
 
 def test_more_ranks_than_documents_in_a_file_lose_none(
