@@ -37,6 +37,7 @@ from .text_files import (
     Piece,
     Rejected,
     check_text_file,
+    files_below,
     read_piece,
     text_pieces,
 )
@@ -197,7 +198,7 @@ def find_raw_files(
 
 def raw_files_below(folder: Path) -> list[Path]:
     """Return the files of a folder that may hold raw data, by their suffix, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    return [file for file in files_below(folder) if file.suffix in TEXT_SUFFIXES]
 
 
 class RawSource:

@@ -8,6 +8,7 @@ raises `BadFileError`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,7 @@ def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"--input: {path} does not exist")
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found = files_below(path) if path.is_dir() else [path]
         found = [file for file in found if file.suffix in suffixes]
         if not found:
             raise FileNotFoundError(f"--input: {path} has no {' or '.join(suffixes)} file")
@@ -107,6 +108,21 @@ def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     if len({file.resolve() for file in files}) < len(files):
         raise ValueError("--input: a file is given twice; give each once")
     return files
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder, also where a link leads to a folder elsewhere, sorted."""
+    files: list[Path] = []
+    seen: set[str] = set()  # a link may lead back to a folder above it
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        real = os.path.realpath(place)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names]
+    return sorted(file for file in files if file.is_file())
 
 
 def check_text_file(file: Path) -> list[str]:

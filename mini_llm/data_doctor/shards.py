@@ -27,6 +27,7 @@ from mini_llm.data.text_files import (
     MAX_LINE_BYTES,
     PARQUET_COLUMNS,
     TEXT_SUFFIXES,
+    files_below,
 )
 from mini_llm.data.token_files import TOKEN_SUFFIXES
 
@@ -114,7 +115,7 @@ def find_shard(location: str) -> Shard:
                 f"--data: the preparation of {location} did not finish: it has no {MANIFEST_NAME}; "
                 "run the same command again"
             )
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found = files_below(path) if path.is_dir() else [path]
         sizes = {str(file): file.stat().st_size for file in found}
     usable = [name for name in sizes if name.endswith(SUFFIXES)]
     if not usable:

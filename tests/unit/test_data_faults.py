@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import prepare_pretrain
-from mini_llm.data import durable, jobs, text_files
+from mini_llm.data import durable, jobs, raw_stream, text_files
 from mini_llm.data.manifest import load_manifest
 from mini_llm.data.text_files import (
     Document,
@@ -49,6 +49,24 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_pretrain, "UNIT_DOCUMENTS", 100)
+
+
+# Folders
+
+
+def test_folder_that_is_a_link_is_read_and_one_that_leads_back_is_no_loop(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    """As data that lies on several disks is put together."""
+    texts = example_texts(60)
+    write_shard(tmp_path / "disk/b.parquet", texts[30:])
+    write_shard(tmp_path / "in/a.parquet", texts[:30])
+    (tmp_path / "in/more").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "in")
+    prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    assert all_decoded(tmp_path / "out", tokenizer) == sorted(texts)
+    found = raw_stream.raw_files_below(tmp_path / "in")
+    assert found == [tmp_path / "in/a.parquet", tmp_path / "in/more/b.parquet"]
 
 
 # Parquet files
