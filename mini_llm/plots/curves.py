@@ -31,7 +31,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of curves: its file name, title, the unit of its values, and what it shows."""
+    """A picture of curves: its file name, title, the unit of its values, and what it shows.
+
+    ``whole`` values are counts, without fractions on their axis.
+    """
 
     name: str
     title: str
@@ -39,6 +42,7 @@ class Picture:
     caption: str
     curves: tuple[Curve, ...]
     from_zero: bool = False
+    whole: bool = False
 
 
 PICTURES = (
@@ -120,6 +124,7 @@ PICTURES = (
         "Experts that no token of a step was sent to.",
         (Curve("moe/dead_experts", "dead experts"),),
         from_zero=True,
+        whole=True,
     ),
 )
 # Of several runs; a single run's sources are stacked, see draw_tokens_by_source.
@@ -169,7 +174,10 @@ def draw_curves(picture: Picture, runs: Sequence[Run], folder: Path) -> Path | N
         legend = several or len(kinds) > 1 or smoothed
         finish_axes(axes, picture.title, picture.unit, legend=legend)
         if picture.from_zero:
-            axes.set_ylim(bottom=0)
+            highest = max(n[np.isfinite(n)].max(initial=0) for *_, n in lines)
+            axes.set_ylim(0, 1.05 * highest or 1)
+        if picture.whole:
+            axes.yaxis.set_major_locator(whole_numbers())
     return folder / f"{picture.name}.png"
 
 

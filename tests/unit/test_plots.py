@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from mini_llm.plots import draw_plots
+from mini_llm.plots import curves, draw_plots
 from mini_llm.plots.__main__ import main
 from mini_llm.plots.curves import moving_mean
 from mini_llm.plots.experts import DEAD, edges_of, relative_load
 from mini_llm.plots.report import write_report
 from mini_llm.plots.runs import common_parent, keys_like, read_metrics, read_runs, values
-from mini_llm.plots.style import COLORS
+from mini_llm.plots.style import COLORS, drawing
 from tests.launching import REPOSITORY
 
 ALWAYS = {"loss", "learning_rate", "grad_norm", "throughput", "tokens_by_source"}
@@ -237,6 +239,22 @@ def test_several_runs_are_compared_each_in_its_colour(tmp_path, capsys):
     assert {"a", "b", "5.0000"} <= set(page.cells)
     assert main([*map(str, runs), "--output", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "comparison.html").is_file()
+
+
+def test_the_axis_of_a_count_that_is_always_0_has_no_fractions(tmp_path, monkeypatch):
+    limits, ticks = {}, {}
+
+    @contextmanager
+    def kept(path: Path, **options: Any) -> Iterator[Any]:
+        with drawing(path, **options) as axes:
+            yield axes
+            limits[path.stem], ticks[path.stem] = axes.get_ylim(), axes.get_yticks().tolist()
+
+    monkeypatch.setattr(curves, "drawing", kept)
+    steps = [with_experts(step, [[5, 5]]) for step in (1, 2)]
+    draw_plots(write_run(tmp_path / "run", steps))
+    assert limits["dead_experts"] == (0, 1) and ticks["dead_experts"] == [0, 1]
+    assert limits["throughput"] == (0, 5250)  # a level line is not at the edge
 
 
 @pytest.mark.parametrize(
