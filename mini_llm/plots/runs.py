@@ -75,8 +75,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping; raises PlotError naming one that does not."""
-    text = path.read_text()
     try:
+        text = path.read_text()
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         content = None

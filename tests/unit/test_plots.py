@@ -264,6 +264,7 @@ def test_the_axis_of_a_count_that_is_always_0_has_no_fractions(tmp_path, monkeyp
         (["{run}", "{here}/empty"], "empty is no run folder: it has no metrics.jsonl; "),
         (["{run}", "{here}/begun"], "has no logged step yet; "),
         (["{run}", "{here}/odd"], "run.json cannot be read: "),
+        (["{run}", "{here}/garbled"], "config.yaml cannot be read: "),
         (["{run}", "{run}/../run"], "is given twice; "),
         (["{run}", "--output", "{here}/x"], "--output is the place of a comparison; "),
     ],
@@ -273,6 +274,7 @@ def test_mistakes_are_one_sentence_before_anything_is_drawn(tmp_path, capsys, wo
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "begun", [], tail='{"step": 1')
     (write_run(tmp_path / "odd", [logged(1)]) / "run.json").write_text("{")
+    (write_run(tmp_path / "garbled", [logged(1)]) / "config.yaml").write_bytes(b"model: \xff")
     assert main([word.format(run=run, here=tmp_path) for word in words]) == 2
     told = capsys.readouterr()
     assert told.err.startswith("error: ") and sentence in told.err and told.err.count("\n") == 1
