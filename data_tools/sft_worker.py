@@ -26,7 +26,7 @@ from mini_llm.data.text_files import MAX_LINE_BYTES, Rejected
 from mini_llm.data.unit_files import random_keys, read_array, write_unit
 
 # Part of what makes a stage's result: raise it when the same input should give another one.
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 SINGLE_TURN, MULTI_TURN, SELF_AWARENESS = "single_turn", "multi_turn", "self_awareness"
 
 

@@ -276,6 +276,8 @@ def _from_messages(record: dict[str, Any], mended: list[str]) -> list[Any] | str
             message["reasoning_content"] = thoughts
         if turn.get("tool_calls"):
             return "tool_calls"
+        if turn.get("weight") == 0:  # OpenAI's mark of an answer that is not to be trained on
+            return "answer_of_weight_0"
         if role == SYSTEM and (content is None or content == ""):
             mended.append("empty_system_turn")
         else:

@@ -310,6 +310,8 @@ def test_messages_and_sharegpt_keep_system_and_thoughts() -> None:
     assert contents({"messages": messages}) == expected
     assert found({"messages": messages}).messages[-1]["reasoning_content"] == "hm"
     assert contents({"system": "Be brief.", "conversations": messages[1:]}) == expected
+    messages[-1]["weight"] = 1
+    assert contents({"messages": messages}) == expected
 
 
 def test_a_byte_order_mark_before_the_first_line_costs_nothing() -> None:
@@ -335,6 +337,11 @@ def test_a_byte_order_mark_before_the_first_line_costs_nothing() -> None:
         (b'{"instruction": "a", "input": "", "output": "\\ud800"}\n', "invalid_unicode"),
         (b'{"conversations": [{"from": "observation", "value": "x"}]}\n', "role_observation"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}\n', "tools"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}, '
+            b'{"role": "assistant", "content": "bad", "weight": 0}]}\n',
+            "answer_of_weight_0",
+        ),
         (b"[" * 100_000 + b"\n", "invalid_json"),
     ],
 )
