@@ -397,7 +397,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for flag in (SINGLE_TURN, MULTI_TURN, SELF_AWARENESS):
         if getattr(arguments, flag) < 0:
             raise ValueError(f"--{flag} must not be negative, got {getattr(arguments, flag)}")
-    most = arguments.max_tokens or arguments.seq_len
+    most = arguments.seq_len if arguments.max_tokens is None else arguments.max_tokens
     if not arguments.min_tokens <= most <= arguments.seq_len:
         raise ValueError(
             f"--max_tokens {most} must lie between --min_tokens {arguments.min_tokens} and "

@@ -368,6 +368,7 @@ def test_all_too_long_is_an_error_with_the_reason(tokenizer_dir: Path, tmp_path:
     ("options", "message"),
     [
         ({"max_tokens": 999}, "--max_tokens 999 must lie between"),
+        ({"max_tokens": 0}, "--max_tokens 0 must lie between"),
         ({"seq_len": 2}, "--seq_len must be at least 4"),
         ({"single_turn": -1}, "--single_turn must not be negative"),
         ({"validation_fraction": 1}, "--validation_fraction must lie in"),
