@@ -236,6 +236,8 @@ def from_record(record: dict[str, Any]) -> Found | str:
     """Return the conversation of a record, or the reason why it holds none."""
     mended: list[str] = []
     messages: list[Any] | str
+    if record.get("tools") or record.get("functions"):
+        return "tools"
     if "messages" in record or "conversations" in record:
         messages = _from_messages(record, mended)
     else:
@@ -260,10 +262,6 @@ def _from_messages(record: dict[str, Any], mended: list[str]) -> list[Any] | str
     if not turns:
         return "no_messages"
     messages: list[Any] = []
-    if record.get("tools") or record.get("functions"):
-        return "tools"
-    if system := record.get("system"):
-        messages.append({"role": SYSTEM, "content": system})
     for turn in turns:
         if not isinstance(turn, dict):
             return "message_not_an_object"
@@ -282,7 +280,8 @@ def _from_messages(record: dict[str, Any], mended: list[str]) -> list[Any] | str
             mended.append("empty_system_turn")
         else:
             messages.append(message)
-    return messages
+    system = _system_turn(record)
+    return messages if messages[:1] == system else [*system, *messages]  # said twice counts once
 
 
 def _from_instruction(record: dict[str, Any], mended: list[str]) -> list[Any] | str:
@@ -303,10 +302,7 @@ def _from_instruction(record: dict[str, Any], mended: list[str]) -> list[Any] | 
             return "wrong_fields"
         mended.append("question_answer_keys")
         question, answer = pair
-    messages: list[Any] = []
-    system = record.get("system") or record.get("system_prompt")
-    if system:
-        messages.append({"role": SYSTEM, "content": system})
+    messages: list[Any] = _system_turn(record)
     history = record.get("history") or []
     if not isinstance(history, list):
         return "wrong_fields"
@@ -331,6 +327,12 @@ def _from_instruction(record: dict[str, Any], mended: list[str]) -> list[Any] | 
         messages += _exchange(*past)
     messages += _exchange("" if question is None else question, "" if answer is None else answer)
     return messages
+
+
+def _system_turn(record: dict[str, Any]) -> list[Any]:
+    """Return the system message that stands beside the turns, an empty list where none does."""
+    system = record.get("system") or record.get("system_prompt")
+    return [{"role": SYSTEM, "content": system}] if system else []
 
 
 def _exchange(question: Any, answer: Any) -> list[Message]:

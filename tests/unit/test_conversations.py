@@ -314,6 +314,23 @@ def test_messages_and_sharegpt_keep_system_and_thoughts() -> None:
     assert contents({"messages": messages}) == expected
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_what_stands_beside_the_turns_counts_in_every_format(key: str) -> None:
+    expected = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")]
+    turns = [{"role": role, "content": content} for role, content in expected[1:]]
+    for record in (
+        {"messages": turns},
+        {"conversations": turns},
+        {"instruction": "Hi", "input": "", "output": "Yo"},
+        {"question": "Hi", "answer": "Yo"},
+    ):
+        assert contents({**record, key: "Be brief."}) == expected
+        assert from_record({**record, "tools": [{"name": "search"}]}) == "tools"
+    whole = [{"role": role, "content": content} for role, content in expected]
+    assert contents({"messages": whole, key: "Be brief."}) == expected
+    assert from_record({"messages": whole, key: "Be long."}) == "roles_out_of_order"
+
+
 def test_a_byte_order_mark_before_the_first_line_costs_nothing() -> None:
     line = b'{"instruction": "a", "input": "", "output": "b"}\n'
     assert parse_line(codecs.BOM_UTF8 + line) == parse_line(line)
