@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,7 +399,13 @@ def _first_paragraph(docstring: str) -> str:
 def manual_pages(man_dir: Path) -> Iterator[str]:
     """Yield the manual pages below a folder as plain text; nothing when it does not exist."""
     for path in sorted(man_dir.rglob("*.gz")):
-        text = roff_to_text(gzip.decompress(path.read_bytes()).decode("utf-8", errors="strict"))
+        try:
+            roff = gzip.decompress(path.read_bytes()).decode()
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            # A link to a page that was not installed, a damaged page, or an old one in GB18030.
+            print(f"{path} is left out: {error}")
+            continue
+        text = roff_to_text(roff)
         if len(text) >= MIN_CHARACTERS:
             yield from _paragraph_groups(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import random
@@ -186,6 +187,22 @@ def test_manual_page_is_rendered_as_plain_paragraphs() -> None:
     assert make_quickstart_corpus.roff_to_text(roff) == (
         "名称\n\nman - 参考手册的接口\n\nman 是系统的手册分页程序。\n\n-k apropos(1)\n"
     )
+
+
+def test_manual_page_that_cannot_be_read_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roff = ".SH 名称\n" + "列出目录的内容，" * 20
+    good = gzip.compress(roff.encode())
+    damaged = good[:12] + bytes(9) + good[21:]
+    pages = {"1": good, "2": good[:40], "3": damaged, "4": gzip.compress(roff.encode("gb18030"))}
+    for section, content in pages.items():
+        (tmp_path / f"ls.{section}.gz").write_bytes(content)
+    (tmp_path / "ls.5.gz").symlink_to("gone.gz")
+    (text,) = make_quickstart_corpus.manual_pages(tmp_path)
+    assert text.startswith("名称\n\n列出目录的内容")
+    told = capsys.readouterr().out
+    assert [told.count(f"ls.{n}.gz is left out: ") for n in range(1, 6)] == [0, 1, 1, 1, 1]
 
 
 def test_corpus_without_sources_says_which_flag(tmp_path: Path) -> None:
