@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .runs import Run, keys_like, values
-from .style import COLORS, LINE_STYLES, drawing, plain, whole_numbers
+from .style import COLORS, HATCHES, LINE_STYLES, drawing, plain, whole_numbers
 
 SMOOTHED_POINTS = 100  # a noisy curve of more points gets a moving mean
 STEP_LABEL = "optimizer step"
@@ -230,11 +230,15 @@ def finish_axes(axes: Any, title: str, unit: str, *, legend: bool) -> None:
     if axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter())  # 1.2 M
     if legend:
-        names = len(axes.get_legend_handles_labels()[1])
-        if names <= 6:
-            axes.legend()
-        else:  # below the axes, where many names hide no curve
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        place_legend(axes, loc="best")
+
+
+def place_legend(axes: Any, loc: str, **options: Any) -> None:
+    """The legend inside the axes; many names below them, where they hide nothing."""
+    if len(axes.get_legend_handles_labels()[1]) <= 6:
+        axes.legend(loc=loc, **options)
+    else:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, **options)
 
 
 def draw_tokens_by_source(run: Run, folder: Path) -> Path | None:
@@ -255,8 +259,11 @@ def draw_tokens_by_source(run: Run, folder: Path) -> Path | None:
     path = folder / "tokens_by_source.png"
     with drawing(path) as axes:
         colors = [COLORS[i % len(COLORS)] for i in range(len(sources))]
-        axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8)
+        # Where colours repeat, lines tell them apart.
+        hatches = [HATCHES[i // len(COLORS) % len(HATCHES)] for i in range(len(sources))]
+        fill: dict[str, Any] = {"hatch": hatches, "edgecolor": "white", "linewidth": 0}
+        axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8, **fill)
         finish_axes(axes, "Trained tokens by source", "tokens since step 0", legend=False)
-        axes.legend(loc="upper left", reverse=True)
+        place_legend(axes, "upper left", reverse=True)
         axes.set_ylim(bottom=0)
     return path

@@ -10,6 +10,7 @@ from typing import Any
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow: too pale on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
+HATCHES = ("", "//", "..", "xx")
 
 # Fonts with Chinese characters, in the order of preference; matplotlib brings none along.
 CHINESE_FONTS = (

@@ -241,20 +241,36 @@ def test_several_runs_are_compared_each_in_its_colour(tmp_path, capsys):
     assert (tmp_path / "elsewhere" / "comparison.html").is_file()
 
 
-def test_the_axis_of_a_count_that_is_always_0_has_no_fractions(tmp_path, monkeypatch):
-    limits, ticks = {}, {}
+@pytest.fixture
+def axes_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The axes of every picture that the test draws, by the file's name."""
+    found: dict[str, Any] = {}
 
     @contextmanager
     def kept(path: Path, **options: Any) -> Iterator[Any]:
         with drawing(path, **options) as axes:
             yield axes
-            limits[path.stem], ticks[path.stem] = axes.get_ylim(), axes.get_yticks().tolist()
+            found[path.stem] = axes
 
     monkeypatch.setattr(curves, "drawing", kept)
+    return found
+
+
+def test_the_axis_of_a_count_that_is_always_0_has_no_fractions(tmp_path, axes_of):
     steps = [with_experts(step, [[5, 5]]) for step in (1, 2)]
     draw_plots(write_run(tmp_path / "run", steps))
-    assert limits["dead_experts"] == (0, 1) and ticks["dead_experts"] == [0, 1]
-    assert limits["throughput"] == (0, 5250)  # a level line is not at the edge
+    assert axes_of["dead_experts"].get_ylim() == (0, 1)
+    assert axes_of["dead_experts"].get_yticks().tolist() == [0, 1]
+    assert axes_of["throughput"].get_ylim() == (0, 5250)  # a level line is not at the edge
+
+
+def test_many_sources_look_different_and_their_names_hide_none(tmp_path, axes_of):
+    tokens = {f"data__source {number}__tokens": 100 * number for number in range(1, 13)}
+    draw_plots(write_run(tmp_path / "run", [logged(1, **tokens)]))
+    axes = axes_of["tokens_by_source"]
+    looks = {(tuple(area.get_facecolor()[0]), area.get_hatch()) for area in axes.collections}
+    assert len(looks) == len(axes.collections) == 14
+    assert axes.get_legend().get_window_extent().y1 < axes.bbox.y0
 
 
 @pytest.mark.parametrize(
