@@ -109,11 +109,9 @@ def test_cleaning_twice_is_cleaning_once_and_keeps_visible_characters(text: str)
     assert [c for c in cleaned if c in "a字"] == [c for c in text if c in "a字"]
 
 
-def test_cleaning_a_long_run_of_spaces_takes_no_longer_than_other_text() -> None:
-    text = "a" + " " * 50_000 + "b"
-    started = time.perf_counter()
+def test_cleaning_ends_for_a_text_of_a_million_spaces() -> None:
+    text = "a" + " " * 1_000_000 + "b"  # a quadratic search would take hours
     assert clean_text(text) == text
-    assert time.perf_counter() - started < 2  # quadratic, it takes 10 s, and hours for a million
 
 
 def test_cleaning_is_asked_for_and_what_it_leaves_empty_is_counted(
