@@ -329,13 +329,15 @@ class Chat:
     def save(self, file: str) -> None:
         """Write the conversation to a new file."""
         path = self._file("/save", file)
+        if not self.messages:
+            raise ValueError("/save: nothing has been said yet")
+        messages = self.seen(0)
         try:
             with path.open("x", encoding="utf-8") as opened:
-                record = {"messages": self.seen(0)}
-                opened.write(json.dumps(record, ensure_ascii=False) + "\n")
+                opened.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ValueError(f"/save: {path} cannot be written: {error.strerror}") from error
-        self.terminal.note(f"(saved {len(self.messages)} messages in {path})")
+        self.terminal.note(f"(saved {len(messages)} messages in {path})")
 
     def load(self, file: str) -> None:
         """Go on with a saved conversation."""
@@ -356,7 +358,7 @@ class Chat:
         self.messages = [
             {"role": role, "content": text} for role, text in zip(turns, texts, strict=True)
         ]
-        self.terminal.note(f"(loaded {len(self.messages)} messages from {path})")
+        self.terminal.note(f"(loaded {len(roles)} messages from {path})")
 
     def _file(self, command: str, file: str) -> Path:
         if not file:

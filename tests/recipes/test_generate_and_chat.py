@@ -180,13 +180,21 @@ def test_a_conversation_is_kept_saved_loaded_and_its_thoughts_can_be_hidden(
     messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert messages[0]["content"] == "一二" and messages[1]["content"] == QUESTION
-    assert "(saved 2 messages" in said and "cannot be written: File exists" in said
+    assert "(saved 3 messages" in said and "cannot be written: File exists" in said
     assert "error: there is nothing to answer once more" in said
-    assert "(loaded 2 messages" in said and "error: /nonsense is no command" in said
+    assert "(loaded 3 messages" in said and "error: /nonsense is no command" in said
     assert said.count("tokens/s]") == 4  # replies, /retry among them, and nothing after /exit
     hidden, opened = said.split("(thoughts are hidden)")[1].split("(the model thinks first)")
     assert "<think>" not in hidden
     assert "(thinking)\n模型训练数据，一二三四。\n[" in opened
+
+
+def test_a_conversation_in_which_nothing_was_said_is_not_saved(
+    model_folder, converse, tmp_path
+) -> None:
+    saved = tmp_path / "saved.jsonl"
+    said = converse(model_folder, "/system 一二", f"/save {saved}")
+    assert "error: /save: nothing has been said yet" in said and not saved.exists()
 
 
 def test_a_file_of_nobodys_home_is_refused_and_the_conversation_goes_on(
