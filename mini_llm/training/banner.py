@@ -60,6 +60,8 @@ def print_banner(
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items())
         + f", this code {code_version()}",
     }
+    if warning := warmup_warning(args):
+        lines["warning"] = warning
     if args.expert_parallel_size > 1:
         lines["experts"] = describe_groups(args.expert_parallel_size, accelerator.num_processes)
     block = "\n".join(f"{name:>9}  {text}" for name, text in lines.items())
@@ -67,6 +69,17 @@ def print_banner(
         print(block, flush=True)
     else:
         note(block)
+
+
+def warmup_warning(args: RunArguments) -> str:
+    """What there is to say of a warmup that takes the whole run; "" of a shorter one."""
+    if args.warmup < args.max_steps:
+        return ""
+    highest = args.learning_rate * args.max_steps / args.warmup
+    return (
+        f"--warmup_steps {args.warmup} leaves nothing of --max_steps {args.max_steps}: the "
+        f"learning rate only rises, to {highest:.2e} of --learning_rate {args.learning_rate:.2e}"
+    )
 
 
 def describe_hosts(hosts: list[str]) -> str:
@@ -100,6 +113,8 @@ def print_dry_run(
         dry_run_report(args, config, parameters, world_size=world_size, micro_batches=micro_batches)
     )
     print(communication_line(args, config, accelerator))
+    if warning := warmup_warning(args):
+        print(f"warning               {warning}")
     for number, row in enumerate(rows, start=1):
         documents = row["doc_lens"].tolist()
         print(f"\nrow {number} of {row['source']}: documents of {documents} tokens")

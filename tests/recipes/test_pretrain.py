@@ -240,7 +240,8 @@ def test_two_processes_that_become_one_are_refused(tiny_data, tmp_path):
 def test_dry_run_prints_config_sizes_and_two_decoded_rows_and_writes_nothing(tiny_data, tmp_path):
     output_dir = tmp_path / "run"
     flags = [*TINY_RUN, *tiny_data.flags, "--output_dir", str(output_dir)]
-    done = launch(*flags, "--dry_run", processes=2)
+    done = launch(*flags, "--warmup_steps", "20", "--dry_run", processes=2)
+    assert "warning               --warmup_steps 20 leaves nothing of --max_steps 20" in done.stdout
     assert "max_steps: 20" in done.stdout and "memory per rank" in done.stdout
     assert "tokens per step       1,024 = 2 rank(s) × 2 micro-batch(es) × 4 row(s)" in done.stdout
     # Between two ranks a ring sends S for an all-reduce of S, and half of it for an all-gather.

@@ -15,6 +15,7 @@ from mini_llm.training.arguments import (
     parse_arguments,
     steps_of_epochs,
 )
+from mini_llm.training.banner import warmup_warning
 
 QUICKSTART = "recipes/configs/quickstart/pretrain.yaml"
 CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("recipes/configs/*/*.yaml"))
@@ -51,6 +52,18 @@ def test_a_shorter_pretraining_has_a_shorter_warmup_and_reaches_its_learning_rat
     config = f"recipes/configs/{folder}/pretrain.yaml"
     whole, short = parse(config=config), parse("--max_steps", "100", config=config)
     assert (whole.warmup, short.warmup) == (whole.max_steps // 20, 5)
+
+
+def test_a_warmup_that_takes_the_whole_run_is_warned_of_with_the_rate_that_it_reaches():
+    def warning(*flags: str) -> str:
+        args = parse("--max_steps", "10", "--learning_rate", "4e-3", *flags)
+        check_arguments(args, world_size=1)  # a trial may be that short
+        return warmup_warning(args)
+
+    assert warning() == warning("--warmup_steps", "9") == ""
+    assert "--warmup_steps 20" in warning("--warmup_steps", "20")
+    assert "only rises, to 2.00e-03 of" in warning("--warmup_steps", "20")
+    assert "to 4.00e-03 of" in warning("--warmup_steps", "10")
 
 
 def test_epochs_become_steps_and_raw_data_whose_rows_nobody_counted_is_refused():
