@@ -83,6 +83,7 @@ from mini_llm.training.run_folder import (
     check_tokenizer_of_model,
     common_facts,
     run_identity,
+    set_final_aside,
     write_config,
     write_run_facts,
 )
@@ -164,6 +165,7 @@ def main(args: PretrainArguments) -> None:
     if not args.dry_run:
         lock.join()
         if accelerator.is_main_process:
+            set_final_aside(output_dir, args.max_steps)
             write_config(output_dir, args)
 
     # ---- Model: the same weights on every rank, whatever the engine ------------------------------

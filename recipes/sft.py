@@ -86,6 +86,7 @@ from mini_llm.training.run_folder import (
     check_tokenizer_of_model,
     common_facts,
     run_identity,
+    set_final_aside,
     write_config,
     write_run_facts,
 )
@@ -171,6 +172,7 @@ def main(args: SftArguments) -> None:
     if not args.dry_run:
         lock.join()
         if accelerator.is_main_process:
+            set_final_aside(output_dir, args.max_steps)
             write_config(output_dir, args)
 
     # ---- Model: the pretrained weights, in fp32 whatever they were saved in ---------------------

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,30 @@ def check_run_folder(output_dir: Path, identity: dict[str, Any]) -> None:
         raise ValueError(
             f"--output_dir {output_dir} holds another run ({details}); choose another --output_dir"
         )
+
+
+def final_step(output_dir: Path) -> int | None:
+    """The optimizer step that final/ was made at, the last in metrics.jsonl; None without both."""
+    metrics = output_dir / "metrics.jsonl"
+    if not (output_dir / "final").exists() or not metrics.is_file():
+        return None
+    steps = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return int(json.loads(steps[-1])["step"]) if steps else None
+
+
+def set_final_aside(output_dir: Path, max_steps: int) -> None:
+    """Rename the final/ of a run that goes on to ``max_steps`` to final-step-N/; on rank 0.
+
+    final/ tells that a run is finished, and its model card what the run's last step was.
+    """
+    step = final_step(output_dir)
+    if step is None or step >= max_steps:
+        return
+    aside = output_dir / f"final-step-{step}"
+    if aside.exists():
+        shutil.rmtree(aside)
+    (output_dir / "final").rename(aside)
+    print(f"the run goes on to step {max_steps}: its final/ of step {step} is now {aside}")
 
 
 def check_tokenizer_of_model(model: str | Path, tokenizer: str, fingerprint: str) -> None:

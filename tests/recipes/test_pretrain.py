@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_llm import build_model, load_model
 from mini_llm.data import load_tokenizer
+from mini_llm.hub.push import find_source
 from mini_llm.training.run_folder import code_version
 from tests.conftest import TinyData
 from tests.launching import REPOSITORY, TINY_RUN, facts, launch, metrics, series
@@ -208,6 +209,22 @@ def test_config_yaml_repeats_the_run_and_a_finished_run_is_not_run_again(finishe
     done = launch("--config", str(finished_run / "config.yaml"), config="zero2")
     assert "is already at step 6; nothing to do" in done.stdout
     assert (finished_run / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_that_goes_on_has_no_final_model_until_it_is_finished_again(
+    finished_run, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    flags = ("--config", str(run / "config.yaml"), "--output_dir", str(run), "--max_steps", "8")
+    flags = (*flags, "--report_to", "none", "--sample_prompts", "[]")
+    done = launch(*flags, "--stop_at_step", "7", config="zero2")
+    assert f"its final/ of step 6 is now {run}/final-step-6" in done.stdout
+    assert not (run / "final").exists()
+    before, after = finished_run / "final", run / "final-step-6"
+    weights = "model.safetensors"
+    assert (before / weights).read_bytes() == (after / weights).read_bytes()
+    assert find_source(run).step == 7  # what is pushed, evaluated and talked to
 
 
 def test_bare_accelerate_launch_builds_the_quickstart_data_and_trains_with_zero1(tmp_path):

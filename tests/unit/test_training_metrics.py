@@ -11,7 +11,12 @@ from accelerate import Accelerator
 from mini_llm import build_model, list_models
 from mini_llm.training.arguments import PretrainArguments, SftArguments
 from mini_llm.training.metrics import MetricsLog, TokenCounter
-from mini_llm.training.run_folder import check_run_folder, write_json
+from mini_llm.training.run_folder import (
+    check_run_folder,
+    final_step,
+    set_final_aside,
+    write_json,
+)
 from mini_llm.training.run_lock import RunLock
 from mini_llm.training.sizes import (
     ParameterCounts,
@@ -170,6 +175,22 @@ def test_a_folder_of_the_same_run_is_accepted_and_another_names_the_keys(tmp_pat
     with pytest.raises(ValueError, match="seed: 1 there, 2 here") as error:
         check_run_folder(tmp_path, {"seed": 2, "model": "a"})
     assert "model" not in str(error.value)
+
+
+def test_the_final_model_of_a_run_that_goes_on_is_kept_under_its_step(tmp_path, capsys):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "weights").write_text("of step 6")
+    assert final_step(tmp_path) is None  # nothing logged
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 6}\n{"st')
+    assert final_step(tmp_path) == 6
+    set_final_aside(tmp_path, max_steps=6)  # done anew, from a checkpoint before its end
+    assert final_step(tmp_path) == 6 and capsys.readouterr().out == ""
+    set_final_aside(tmp_path, max_steps=8)
+    assert final_step(tmp_path) is None and not (tmp_path / "final").exists()
+    assert (tmp_path / "final-step-6" / "weights").read_text() == "of step 6"
+    assert f"step 6 is now {tmp_path}/final-step-6" in capsys.readouterr().out
+    set_final_aside(tmp_path, max_steps=8)  # resumed
+    assert (tmp_path / "final-step-6").is_dir()
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
