@@ -85,6 +85,7 @@ from mini_llm.training.run_folder import (
     check_run_folder,
     check_tokenizer_of_model,
     common_facts,
+    final_step,
     run_identity,
     set_final_aside,
     write_config,
@@ -133,7 +134,11 @@ def main(args: SftArguments) -> None:
             lock.take(rank())  # one run at a time in a folder
             open_rank_log(output_dir)
         watchdog.end_if_stuck(args.ddp_timeout)
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        last_step = min(args.max_steps, args.stop_at_step or args.max_steps)
+        made_at = final_step(output_dir) or 0
+        checkpoint = find_checkpoint(
+            output_dir, args.resume_from_checkpoint, is_finished=made_at >= last_step
+        )
         if checkpoint:
             state = read_state(checkpoint)
             stream.load_state_dict(state["stream"])
@@ -142,8 +147,7 @@ def main(args: SftArguments) -> None:
     except (ValueError, OSError) as error:
         stop(str(error))
 
-    start_step = state["step"] if checkpoint else 0
-    last_step = min(args.max_steps, args.stop_at_step or args.max_steps)
+    start_step = state["step"] if checkpoint else made_at
     finished = (output_dir / "final").exists() or last_step < args.max_steps
     if start_step >= last_step and finished and not args.dry_run:
         if rank() == 0:

@@ -81,8 +81,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+def find_checkpoint(output_dir: Path, resume: str, *, is_finished: bool = False) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means, None to start from step 0.
+
+    A run that ``is_finished``, its final/ being of the last step that is asked for, needs none.
 
     Its files are checked byte for byte. ``auto`` leaves out an incomplete or damaged one with a
     warning and takes the one before. Raises ValueError where following ``resume`` would lose work,
@@ -98,7 +100,7 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         newest = _newest_whole(output_dir)
-        if newest is None and (output_dir / "final").exists():
+        if newest is None and (output_dir / "final").exists() and not is_finished:
             raise ValueError(
                 f"--resume_from_checkpoint auto would train the run in {output_dir} anew and "
                 "overwrite its final/, for it has no checkpoints to go on from; choose another "

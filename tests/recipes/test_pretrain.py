@@ -211,6 +211,20 @@ def test_config_yaml_repeats_the_run_and_a_finished_run_is_not_run_again(finishe
     assert (finished_run / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_without_its_checkpoints_is_done_and_refuses_only_to_go_on(
+    finished_run, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "checkpoints")
+    flags = ("--config", str(run / "config.yaml"), "--output_dir", str(run))
+    done = launch(*flags, config="single", processes=1)
+    assert "is already at step 6; nothing to do" in done.stdout
+    longer = launch(*flags, "--max_steps", "8", config="single", processes=1, check=False)
+    assert "it has no checkpoints to go on from" in longer.stdout
+    assert (run / "final").is_dir() and not (run / "checkpoints").exists()
+
+
 def test_a_finished_run_that_goes_on_has_no_final_model_until_it_is_finished_again(
     finished_run, tmp_path
 ):

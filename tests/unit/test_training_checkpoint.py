@@ -85,6 +85,9 @@ def test_auto_refuses_to_overwrite_a_final_model_whose_checkpoints_are_gone(tmp_
     (tmp_path / "final").mkdir()
     with pytest.raises(ValueError, match="--resume_from_checkpoint auto would .*overwrite its fin"):
         find_checkpoint(tmp_path, "auto")
+    assert find_checkpoint(tmp_path, "auto", is_finished=True) is None  # nothing is overwritten
+    with pytest.raises(ValueError, match="--resume_from_checkpoint never would overwrite"):
+        find_checkpoint(tmp_path, "never", is_finished=True)
 
 
 def test_resuming_from_an_earlier_step_refuses_while_later_ones_exist(tmp_path, capsys):
