@@ -433,6 +433,8 @@ def profiled_steps(text: str) -> tuple[int, int]:
 
 def check_arguments(args: RunArguments, world_size: int) -> None:
     """Refuse values that cannot train, before anything is built. Raises ValueError."""
+    if not args.output_dir:  # an unset variable of the shell; Path("") is the current folder
+        raise ValueError("--output_dir is empty; give the folder of the run")
     positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
     used_later = ("per_device_eval_batch_size", "sample_max_new_tokens", "stop_at_step")
     for name in (*positive, "ddp_timeout", *used_later):

@@ -169,6 +169,7 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
         ({"save_total_limit": 0}, "--save_total_limit"),
         ({"max_steps": 0}, "--max_steps"),
         ({"data": {}}, "--data is empty"),
+        ({"output_dir": ""}, "--output_dir is empty; give the folder of the run"),
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size"),
         ({"per_device_eval_batch_size": -1}, "--per_device_eval_batch_size"),
         ({"sample_max_new_tokens": 0}, "--sample_max_new_tokens"),
