@@ -136,7 +136,11 @@ def check_machine() -> Iterator[Finding]:
     if compiler:
         yield Finding("ok", "C++ compiler", compiler)
     else:
-        yield Finding("note", "C++ compiler", "none: only CPU offload and GPU kernels need one")
+        yield Finding(
+            "note",
+            "C++ compiler",
+            "none: torch.compile, on by default on a GPU, and GPU kernels need one",
+        )
 
 
 def check_kernels() -> Iterator[Finding]:

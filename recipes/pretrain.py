@@ -202,7 +202,7 @@ def main(args: PretrainArguments) -> None:
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:
-            stop(f"--torch_compile true: {error}")
+            stop(f"--torch_compile: {error}")
     config, parameters = model.config, count_parameters(model)
     try:
         spread_experts(model, args.expert_parallel_size, rank())

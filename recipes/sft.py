@@ -201,7 +201,7 @@ def main(args: SftArguments) -> None:
         try:
             compile_layers(model, accelerator.device)
         except RuntimeError as error:
-            stop(f"--torch_compile true: {error}")
+            stop(f"--torch_compile: {error}")
     config, parameters = model.config, count_parameters(model)
     try:
         spread_experts(model, args.expert_parallel_size, rank())

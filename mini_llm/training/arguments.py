@@ -93,8 +93,9 @@ class RunArguments:
     bf16: bool = _arg("train in bfloat16 with fp32 master weights", False)
     gradient_checkpointing: bool = _arg("recompute activations in the backward pass", False)
     torch_compile: bool | None = _arg(
-        "compile every decoder layer with torch.compile; on a CPU this needs a C++ compiler "
-        "(default: on a GPU, unless under ZeRO-3 or with spread experts)",
+        "compile every decoder layer with torch.compile, which needs a C++ compiler on a CPU, a C "
+        "compiler and Python's headers on a GPU (default: on a GPU, unless under ZeRO-3 or with "
+        "spread experts)",
         None,
     )
     expert_parallel_size: int = _arg(

@@ -1,5 +1,6 @@
 """--torch_compile: which modules, what stays, what they compute, the error without a compiler."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from mini_llm import build_model
-from mini_llm.parallel.compile import compile_layers, decoder_layers, eagerly, wants_compile
+from mini_llm.parallel.compile import (
+    compile_layers,
+    decoder_layers,
+    eagerly,
+    is_compiled,
+    wants_compile,
+)
 
 CPU = torch.device("cpu")
 
@@ -39,6 +46,35 @@ def test_a_cpu_without_a_cpp_compiler_is_told_before_anything_is_compiled(monkey
     with pytest.raises(RuntimeError, match="install g"):
         compile_layers(model, CPU)
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def script(folder: Path, text: str) -> str:
+    """An executable file for the place of a compiler."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_gpu_without_a_c_compiler_or_pythons_headers_is_told_before_anything_is_compiled(
+    monkeypatch, tmp_path
+):
+    model = build_model("mini_llama3_tiny", vocab_size=320)
+    gpu = torch.device("cuda")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"needs a C compiler and there is none named no-such"):
+        compile_layers(model, gpu)
+    monkeypatch.setenv("CC", script(tmp_path, "! grep -q Python.h"))  # it has not the header
+    with pytest.raises(RuntimeError, match=r"needs Python.h.*--torch_compile false"):
+        compile_layers(model, gpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match=r"needs a C compiler and there is none; install gcc"):
+        compile_layers(model, gpu)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    monkeypatch.setenv("CC", script(tmp_path, "exit 0"))
+    compile_layers(model, gpu)
+    assert is_compiled(model)
 
 
 def packed(rows: int, *documents: int) -> dict[str, Any]:
