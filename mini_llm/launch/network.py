@@ -30,7 +30,10 @@ def own_addresses() -> dict[str, str]:
 
 def resolve(host: str) -> str:
     """The address of a host name; OSError if nobody knows it."""
-    found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except UnicodeError as error:  # two dots in a row, or more than 63 letters between two
+        raise OSError("no host has such a name") from error
     return str(found[0][4][0])
 
 

@@ -139,6 +139,8 @@ def test_a_name_that_nobody_knows_and_an_interface_that_is_not_there_are_refused
     flags = ["--nodes", "2", "--node_rank", "1", "--main_ip"]
     assert main(["sft", *flags, "no-such-host.invalid"]) == 2
     assert "--main_ip no-such-host.invalid cannot be reached" in capsys.readouterr().err
+    assert main(["sft", *flags, "10.0..1"]) == 2
+    assert "--main_ip 10.0..1 cannot be reached" in capsys.readouterr().err
     assert main(["sft", *flags, "127.0.0.1", "--network_interface", "eth99"]) == 2
     assert (
         "--network_interface or GLOO_SOCKET_IFNAME eth99 does not exist here"
