@@ -11,6 +11,7 @@ DEFAULT_CONFIG = "accelerate_configs/zero1.yaml"
 # A node that failed waits here for the others, which may hang until the watchdog ends them
 # (--ddp_timeout, 600 s), and then takes some seconds to start.
 DEFAULT_PATIENCE = 900
+LAST_PORT = 65535
 
 HELP = f"""\
 Usage: ./launch.sh {{pretrain|sft|verify}} [launch flags] [recipe flags]
@@ -95,7 +96,7 @@ VALUES: dict[str, Callable[[str, str], Any]] = {
     "--nodes": _number(1),
     "--node_rank": _number(0),
     "--main_ip": _text,
-    "--main_port": _number(0, 65535),
+    "--main_port": _number(0, LAST_PORT),
     "--hostfile": _text,
     "--rendezvous_file": _text,
     "--rendezvous_timeout": _number(1),
@@ -140,6 +141,11 @@ def check_options(options: Options) -> None:
         raise UsageError(
             f"--config_file {options.config_file} does not exist; the ones that come with the "
             "project are in accelerate_configs/"
+        )
+    if options.main_port and options.main_port + options.max_restarts > LAST_PORT:
+        raise UsageError(
+            f"--main_port {options.main_port} with --max_restarts {options.max_restarts}: each "
+            f"restart takes the next port, and there is none above {LAST_PORT}; give a smaller one"
         )
     if options.env and not options.hostfile:
         raise UsageError("--env is for --hostfile; elsewhere the environment is there already")

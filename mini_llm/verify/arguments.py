@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_llm.command_line import RaisingParser, UsageError
-from mini_llm.launch.options import DEFAULT_CONFIG, Options
+from mini_llm.launch.nodes import PORTS_PER_JOB
+from mini_llm.launch.options import DEFAULT_CONFIG, LAST_PORT, Options
 
 PARTS = ("preflight", "equivalence")
 
@@ -51,4 +52,9 @@ def parse_flags(options: Options) -> VerifyFlags:
         )
     if options.max_restarts:
         raise UsageError("--max_restarts is for training; verify reports what fails")
+    if options.main_port and options.main_port + PORTS_PER_JOB - 1 > LAST_PORT:
+        raise UsageError(
+            f"--main_port {options.main_port}: each launch takes the next port, and there is none "
+            f"above {LAST_PORT}; give at most {LAST_PORT - PORTS_PER_JOB + 1}"
+        )
     return flags

@@ -113,6 +113,7 @@ HAND = ("--nodes", "2", "--node_rank", "1", "--main_ip", "10.0.0.1")
         (["--main_port=http"], "--main_port must be a whole number from 0 to 65535, got 'http'"),
         (["--main_port=65536"], "--main_port must be"),
         (["--max_restarts", "1.5"], "--max_restarts must be"),
+        (["--main_port", "65530", "--max_restarts", "6"], "--main_port 65530 with --max_restarts"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line_with_status_2(
@@ -264,6 +265,8 @@ def test_each_restart_takes_the_next_port_unless_the_port_is_any() -> None:
         words = ready.command(attempt)
         assert words[words.index("--main_process_port") + 1] == str(29500 + attempt)
         assert single.command(attempt) == single.command()
+    last = launch_of("--main_port", "65530", "--max_restarts", "5").command(5)
+    assert last[last.index("--main_process_port") + 1] == "65535"
 
 
 def test_the_interface_is_the_one_towards_node_0_unless_a_flag_or_a_variable_names_one() -> None:

@@ -465,6 +465,7 @@ def test_rows_go_through_files(tmp_path: Path) -> None:
         (["--config_file", "accelerate_configs/zero2.yaml"], "leave --config_file out"),
         (["--max_restarts", "2"], "--max_restarts is for training"),
         (["--nodes", "2"], "--nodes 2 does not say which node this is"),
+        (["--main_port", "65517"], "--main_port 65517: each launch takes the next port"),
     ],
 )
 def test_flags_that_verify_does_not_take_are_refused_with_status_2(
