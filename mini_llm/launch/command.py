@@ -59,7 +59,7 @@ class Launch:
         nodes, options = self.nodes, self.options
         first = nodes.rank * self.processes
         ranks = f"{first} to {first + self.processes - 1}" if self.processes > 1 else f"{first}"
-        found = {name: environment[name] for name in INTERFACE_VARIABLES if name in environment}
+        found = {name: environment[name] for name in INTERFACE_VARIABLES if environment.get(name)}
         lines = {
             "node": f"{nodes.rank} of {nodes.count} ({network.host_name()}), {nodes.found_by}; "
             f"rank {ranks} of {nodes.count * self.processes}",
@@ -86,7 +86,7 @@ def processes_per_node(options: Options) -> int:
 def build_launch(
     options: Options, nodes: Nodes, processes: int, environment: Mapping[str, str]
 ) -> Launch:
-    """Settle what ``environment`` leaves open; a variable that is set there wins.
+    """Settle what ``environment`` leaves open; a variable that is set there, not empty, wins.
 
     Raises UsageError where node 0 cannot be reached or an interface does not exist.
     """
@@ -99,5 +99,5 @@ def build_launch(
             network.own_address(options.network_interface)  # refuses one that does not exist
         interface = options.network_interface or network.interface_towards(str(nodes.main_ip))
         variables |= dict.fromkeys(INTERFACE_VARIABLES, interface)
-    variables = {name: value for name, value in variables.items() if name not in environment}
+    variables = {name: value for name, value in variables.items() if not environment.get(name)}
     return Launch(options, nodes, processes, threads, variables)

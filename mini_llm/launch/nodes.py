@@ -68,7 +68,9 @@ def _single(options: Options) -> Nodes:
 
 def _from_rendezvous(options: Options, environment: Mapping[str, str], processes: int) -> Nodes:
     assert options.rendezvous_file is not None and options.nodes is not None
-    interface = options.network_interface or environment.get("GLOO_SOCKET_IFNAME")
+    # Gloo takes a list too, and the address under which others reach it is that of the first.
+    chosen = environment.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    interface = options.network_interface or chosen or None
     mine = Registration(
         host=network.host_name(),
         address=network.own_address(interface),

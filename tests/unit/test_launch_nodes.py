@@ -18,6 +18,7 @@ from mini_llm.launch.command import REPOSITORY, Launch, build_launch
 from mini_llm.launch.fan_out import Host, host_commands, read_hostfile
 from mini_llm.launch.nodes import Nodes, find_nodes
 from mini_llm.launch.options import check_options, parse_options
+from mini_llm.launch.rendezvous import Meeting, Registration
 
 # What srun gave the second of two tasks on two nodes (what does not say who we are left out).
 SRUN = {
@@ -278,6 +279,25 @@ def test_the_interface_is_the_one_towards_node_0_unless_a_flag_or_a_variable_nam
     ready = launch_of(*LOOPBACK, environment=environment)
     assert ready.variables == {"GLOO_SOCKET_IFNAME": loopback}
     assert "found set  NCCL_SOCKET_IFNAME=ib0" in ready.start_block(environment)
+
+
+@pytest.mark.parametrize("names", ["lo,eth99", "lo"])
+def test_the_first_interface_that_gloo_is_told_of_has_the_address_for_the_other_nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: str
+) -> None:
+    def meet(path: str, mine: Registration, job: str, seconds: float) -> Meeting:
+        return Meeting(0, [mine, mine])
+
+    monkeypatch.setattr(nodes, "meet", meet)
+    flags = ("--nodes", "2", "--rendezvous_file", str(tmp_path / "meet"))
+    environment = {"GLOO_SOCKET_IFNAME": names}
+    assert found(*flags, environment=environment).main_ip == "127.0.0.1"
+
+
+def test_a_variable_that_is_set_to_nothing_is_settled_as_one_that_is_not_set() -> None:
+    ready = launch_of(*LOOPBACK, environment={"GLOO_SOCKET_IFNAME": "", "DS_ACCELERATOR": ""})
+    assert ready.variables["GLOO_SOCKET_IFNAME"] == "lo"
+    assert ready.variables["DS_ACCELERATOR"] == "cpu"
 
 
 def test_a_node_that_knows_itself_by_a_loopback_address_takes_the_interface_others_see(
