@@ -76,7 +76,7 @@ def build_accelerator(
             plugin = DeepSpeedPlugin()
             plugin.deepspeed_config = fill_deepspeed_config(plugin.deepspeed_config, **arguments)
         else:
-            config = json.loads(Path(deepspeed).read_text())
+            config = read_deepspeed_config(deepspeed)
             plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, **arguments))
     zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
     check_expert_parallel(
@@ -138,6 +138,18 @@ def spare_cpu_the_extension_build() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON at ``path``. Raises ValueError, naming it, where there is none."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"the DeepSpeed config {path} cannot be read: {why}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"the DeepSpeed config {path} is no JSON object")
+    return config
+
+
 def fill_deepspeed_config(
     config: dict[str, Any],
     *,
@@ -149,9 +161,14 @@ def fill_deepspeed_config(
 ) -> dict[str, Any]:
     """``config`` with every "auto" replaced by the run's own value.
 
-    Raises ValueError for an "auto" in a key that no argument of the run determines, and for a
-    number that contradicts the run's.
+    Raises ValueError for an "auto" in a key that no argument of the run determines, for a number
+    that contradicts the run's, and for fp16.
     """
+    if config.get("fp16", {}).get("enabled") is True:  # its scaled gradients are not clipped here
+        raise ValueError(
+            "the DeepSpeed config enables fp16, in which the recipes do not train; leave its "
+            "section out, and give --bf16 true for half the bytes"
+        )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and bf16:
         # deepspeed 0.19.8 lets AdamW take a step on zero gradients when it starts (see

@@ -151,3 +151,25 @@ def test_every_json_has_its_yaml_and_every_engine_its_file():
     yamls = {path.stem for path in ACCELERATE_CONFIGS}
     assert {path.stem for path in DS_CONFIGS} <= yamls
     assert {"single", "cpu", "ddp", "zero2_offload", "zero3_offload"} <= yamls
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ('{"zero_optimization": {"stage": 1,}}', "cannot be read: .* line 1 column 35"),
+        ("[1]", "is no JSON object"),
+    ],
+)
+def test_a_deepspeed_config_that_is_none_is_named(tmp_path, content, said):
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"the DeepSpeed config {path} {said}"):
+        engine.read_deepspeed_config(str(path))
+
+
+def test_fp16_is_refused():
+    config = {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}
+    with pytest.raises(ValueError, match="enables fp16.*--bf16 true"):
+        engine.fill_deepspeed_config(config, **ARGUMENTS)
