@@ -54,6 +54,7 @@ def build_accelerator(
     RuntimeError when the engine that started is not the one that was asked for.
     """
     request = launch_request()
+    _check_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), bf16)
     cpu = request.use_cpu or not torch.cuda.is_available()
     plugin = None
     wants_ddp = request.distributed_type in ("MULTI_GPU", "MULTI_CPU")
@@ -216,6 +217,17 @@ def _refuse_auto(node: dict[str, Any], path: str = "") -> None:
             _refuse_auto(value, f"{dotted}.")
         elif value == "auto":
             raise ValueError(f'the DeepSpeed config leaves {dotted} to "auto"; write a value')
+
+
+def _check_precision(asked: str, bf16: bool) -> None:
+    """``asked`` is the Accelerate config's mixed_precision, which the run's argument overrules."""
+    if asked == "no" or (asked == "bf16" and bf16):
+        return
+    way_out = "but --bf16 is false; add --bf16 true, or" if asked == "bf16" else "not done here;"
+    raise RuntimeError(
+        f"the Accelerate config or command line asks for mixed_precision {asked}, {way_out} give "
+        "--mixed_precision no to accelerate launch"
+    )
 
 
 def _check_started_as_asked(

@@ -3,11 +3,12 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mini_llm.models import build_model
-from mini_llm.parallel import environment
+from mini_llm.parallel import engine, environment
 from mini_llm.parallel.engine import fill_deepspeed_config
 from mini_llm.parallel.environment import (
     LaunchRequest,
@@ -122,6 +123,34 @@ def test_a_deepspeed_config_that_contradicts_the_run_is_refused():
             micro_batch_size=2,
             **arguments,
         )
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "said"),
+    [
+        ("bf16", False, "mixed_precision bf16, but --bf16 is false; add --bf16 true"),
+        ("fp16", True, "mixed_precision fp16, not done here; give"),
+        ("fp8", False, "mixed_precision fp8, not done here; give"),
+        ("bf16", True, None),
+        ("no", True, None),  # as accelerate_configs/ddp.yaml has it
+        ("no", False, None),
+    ],
+)
+def test_a_precision_of_the_accelerate_config_that_the_run_has_not_is_refused(
+    monkeypatch, asked, bf16, said
+):
+    class Started(Exception):
+        """The engine."""
+
+    def start(**arguments: Any) -> None:
+        assert arguments["mixed_precision"] == ("bf16" if bf16 else "no")
+        raise Started
+
+    monkeypatch.setattr(engine, "Accelerator", start)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    expected = pytest.raises(Started) if said is None else pytest.raises(RuntimeError, match=said)
+    with expected:
+        engine.build_accelerator("none", bf16=bf16)
 
 
 def test_a_one_process_job_is_described_without_touching_what_a_launcher_set(monkeypatch):
