@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from . import watchdog
 from .engine import zero_stage
 from .expert_parallel import expert_parallel_size, expert_shapes
 from .snapshot import Snapshot
@@ -213,6 +214,7 @@ def _convert_once(
 
     They wait for a file, for a collective would give up after its time limit.
     """
+    watchdog.rest("converting the checkpoint")
     converted, failed = universal / "converted", universal / "failed"
     if accelerator.is_main_process:
         try:
@@ -227,6 +229,7 @@ def _convert_once(
         if failed.exists():
             raise RuntimeError(f"rank 0 could not convert {folder} to a universal checkpoint")
         time.sleep(WAITING_SECONDS)
+    watchdog.beat("loading the checkpoint")
     accelerator.wait_for_everyone()
 
 

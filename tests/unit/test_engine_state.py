@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_llm.parallel import engine_state
+from mini_llm.parallel import engine_state, watchdog
 from mini_llm.parallel.engine_state import (
     EngineMismatch,
     Experts,
@@ -96,6 +96,19 @@ def test_a_failed_conversion_ends_every_rank_and_frees_the_disk(tmp_path, monkey
     assert not (universal / "half").exists()
     with pytest.raises(RuntimeError, match="rank 0 could not convert"):
         engine_state._convert_once(rank(1), tmp_path / "engine", universal, WHOLE)
+
+
+def test_a_conversion_may_take_longer_than_the_watchdog_waits(tmp_path, monkeypatch):
+    resting = []
+
+    def convert(folder: Path, universal: Path, experts: Experts) -> None:
+        resting.append(watchdog._progress.at is None)
+        universal.mkdir()
+
+    monkeypatch.setattr(engine_state, "_convert", convert)
+    watchdog.beat("loading the checkpoint")
+    engine_state._convert_once(rank(0), tmp_path / "engine", tmp_path / "universal", WHOLE)
+    assert resting == [True] and watchdog._progress.at is not None
 
 
 def test_experts_go_from_their_stock_names_to_the_spread_ones_and_back(tmp_path):
