@@ -153,8 +153,9 @@ class TokenCounter:
         return dict(self.global_counts)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint's counts."""
+        """Go on from a checkpoint's counts; a rewound run drops what it has counted since."""
         self.global_counts = {name: int(state.get(name, 0)) for name in self.global_counts}
+        self.local_counts = dict.fromkeys(self.local_counts, 0)
 
 
 def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: int) -> None:

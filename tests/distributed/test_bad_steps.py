@@ -120,3 +120,5 @@ def test_rewind_goes_back_to_the_checkpoint_and_on_with_other_rows(
     # The rows of 18 steps, and of those that were undone.
     assert state["stream"]["rows"] == (18 + undone) * 16
     assert state["bad_steps"] == {"count": 1, "rewinds": 1}
+    tokens = [0.0, *(m["train/tokens"] for m in steps)]
+    assert all(0 < after - before <= 1024 for before, after in pairwise(tokens))  # 16 rows of 64

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -62,8 +63,6 @@ def test_a_source_may_have_a_slash_in_its_name(tmp_path, accelerator, capsys):
 
 
 def test_tokens_are_counted_by_source_without_padding_and_survive_a_resume(accelerator):
-    import numpy as np
-
     counter = TokenCounter(accelerator, sources=["a", "b"])
     counter.add([{"source": "a", "doc_lens": np.array([3, 4])}])
     counter.add([{"source": "b", "doc_lens": np.array([5])}])
@@ -72,6 +71,16 @@ def test_tokens_are_counted_by_source_without_padding_and_survive_a_resume(accel
     resumed.load_state_dict(counter.state_dict())
     resumed.add([{"source": "b", "doc_lens": np.array([1])}])
     assert resumed.read()["train/tokens"] == 13
+
+
+def test_tokens_of_steps_that_a_rewind_undoes_are_not_counted(accelerator):
+    counter = TokenCounter(accelerator, sources=["a"])
+    counter.add([{"source": "a", "doc_lens": np.array([3])}])
+    saved = counter.state_dict()
+    counter.add([{"source": "a", "doc_lens": np.array([50])}])  # nobody has read them
+    counter.load_state_dict(saved)
+    counter.add([{"source": "a", "doc_lens": np.array([4])}])
+    assert counter.read() == {"train/tokens": 7, "data/a/tokens": 7}
 
 
 def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
