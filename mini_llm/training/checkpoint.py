@@ -155,22 +155,23 @@ def _newest_whole(output_dir: Path) -> Path | None:
 def load_newest(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, output_dir: Path
 ) -> dict[str, Any]:
-    """Go back to the newest checkpoint of the running run; return its state.json. A collective.
+    """Go back to the newest whole checkpoint of the running run; return its state.json.
 
-    Raises RuntimeError when there is none yet.
+    A collective. One that ``auto`` has left out as damaged is left out again. Raises RuntimeError
+    when there is none yet.
     """
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+    newest = _newest_whole(output_dir)
+    if newest is None:
         raise RuntimeError(
             f"{output_dir} has no checkpoint to go back to yet; lower --save_steps or "
             "--learning_rate"
         )
-    state = read_state(checkpoints[-1])
+    state = read_state(newest)
     load_engine_state(
         accelerator,
         model,
         optimizer,
-        checkpoints[-1] / "engine",
+        newest / "engine",
         written_by=state["engine"],
         scratch=output_dir / "checkpoints",
     )

@@ -12,6 +12,7 @@ from mini_llm.training import checkpoint as checkpoints
 from mini_llm.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
+    load_newest,
     read_state,
     remove_leftovers,
 )
@@ -73,6 +74,18 @@ def test_auto_refuses_to_start_over_where_every_checkpoint_is_damaged(tmp_path):
     flip_a_byte(make(tmp_path, 10) / "engine/weights.bin")
     with pytest.raises(ValueError, match=r"no checkpoint of .* is whole .*weights.bin"):
         find_checkpoint(tmp_path, "auto")
+
+
+def test_a_rewind_leaves_out_the_damaged_checkpoint_that_the_resume_left_out(tmp_path, monkeypatch):
+    make(tmp_path, 10, engine={})
+    flip_a_byte(make(tmp_path, 20, engine={}) / "engine/weights.bin")
+    loaded: list[Path] = []
+    monkeypatch.setattr(
+        checkpoints, "load_engine_state", lambda *args, **kwargs: loaded.append(args[3])
+    )
+    nothing: Any = None
+    assert load_newest(nothing, nothing, nothing, tmp_path)["step"] == 10
+    assert loaded == [tmp_path / "checkpoints/step-10/engine"]
 
 
 def test_never_refuses_to_overwrite_a_run(tmp_path):
