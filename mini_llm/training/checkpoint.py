@@ -7,6 +7,7 @@ saving.py writes them.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -62,7 +63,8 @@ def _eval_loss_of(checkpoint: Path) -> float | None:
         loss = json.loads((checkpoint / "state.json").read_text()).get("eval_loss")
     except ValueError:  # damaged since; find_checkpoint names it
         return None
-    return float(loss) if loss is not None else None
+    # Nothing is less than NaN: min() would keep one that comes first.
+    return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """Saving while training goes on, with stand-ins for the engine and the other ranks."""
 
+import math
 import random
 import threading
 from pathlib import Path
@@ -219,6 +220,13 @@ def test_rotation_keeps_the_newest_the_best_and_the_milestones(engine, tmp_path)
         kept = run.save(step, eval_loss=loss)
     assert kept == ["20", "30", "50", "60"]  # 20: best; 30 and 60: milestones; 50, 60: newest
     assert run.save(70, eval_loss=1.0) == ["30", "60", "70"]
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(engine, tmp_path):
+    run = Run(engine, tmp_path, total_limit=1)
+    for step, loss in {10: math.nan, 20: 2.0, 30: math.inf, 40: 3.0}.items():
+        kept = run.save(step, eval_loss=loss)
+    assert kept == ["20", "40"]
 
 
 def test_save_replaces_a_damaged_later_checkpoint_instead_of_counting_it(engine, tmp_path):
