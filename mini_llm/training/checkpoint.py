@@ -34,7 +34,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
     leftover = checkpoint.with_name(f".{checkpoint.name}-removed{PARTIAL}")
     shutil.rmtree(leftover, ignore_errors=True)
     checkpoint.rename(leftover)
-    shutil.rmtree(leftover)
+    _remove_leftover(leftover)
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove what is no checkpoint; a folder that stays is said and is no reason to stop a run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # somebody still reads it on a network disk, or has protected it
+        _say(f"warning: {folder} could not be removed ({error}); the next save tries again")
 
 
 def superseded(
@@ -70,7 +78,7 @@ def _eval_loss_of(checkpoint: Path) -> float | None:
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a run that was killed while saving left; rank 0, holding the folder's lock."""
     for leftover in (output_dir / "checkpoints").glob(f".step-*{PARTIAL}"):
-        shutil.rmtree(leftover)
+        _remove_leftover(leftover)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

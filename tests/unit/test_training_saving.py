@@ -1,5 +1,6 @@
 """Saving while training goes on, with stand-ins for the engine and the other ranks."""
 
+import errno
 import math
 import random
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mini_llm.parallel.snapshot import Snapshot
-from mini_llm.training import saving
+from mini_llm.training import checkpoint, saving
 from mini_llm.training.checkpoint import find_checkpoint, list_checkpoints
 from mini_llm.training.checkpoint_files import check_files
 from mini_llm.training.saving import CheckpointWriter
@@ -262,6 +263,28 @@ def test_failed_save_leaves_no_half_checkpoint_and_the_earlier_ones_whole(
     assert found.name == ("step-20" if at == "flush_directory" else "step-10")
     assert run.announced == ["step-10"]
     assert run.save(30)[-1] == "30"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
+    engine, tmp_path, monkeypatch, capsys
+):
+    run = Run(engine, tmp_path, total_limit=1)
+    run.save(10)
+    rmtree = checkpoint.shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if "step-10" in path.name and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path / "model"))
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        assert run.save(20) == ["20"] and run.save(30) == ["30"]
+    assert run.announced == ["step-10", "step-20", "step-30"]
+    warning = capsys.readouterr().err
+    assert "warning: " in warning and "step-10" in warning and "the next save tries" in warning
+    assert run.save(40) == ["40"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-40"]
 
 
 def test_failure_of_a_save_under_way_ends_a_later_step(engine, tmp_path, monkeypatch):
