@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -204,7 +205,9 @@ class PromptSamples:
 
     def _rewrite(self, answers: list[Answer]) -> None:
         self.answers = answers
-        self.path.write_bytes(format_answers(answers).encode())
+        aside = self.path.with_name(f".{self.path.name}.partial")  # a full disk must not cost it
+        aside.write_bytes(format_answers(answers).encode())
+        os.replace(aside, self.path)
 
 
 def check_prompts(prompts: list[Any], *, chat: bool) -> None:

@@ -7,6 +7,7 @@ Run as a script under ``accelerate launch``, this file is a rank that trains and
 # ruff: noqa: E402
 import json
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_a_resumed_run_and_one_that_went_back_keep_what_lies_before_them(tokeniz
     # A run that starts anew keeps nothing.
     samples_of(tokenizer, tmp_path, start_step=0)
     assert path.read_text() == ""
+
+
+def test_a_disk_too_full_to_cut_the_samples_loses_none_of_them(tokenizer, tmp_path):
+    path = tmp_path / "samples.txt"
+    text = format_answers([Answer(step, "Q?", "A." * 20, True, 3) for step in range(1, 51)])
+    path.write_text(text)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            samples_of(tokenizer, tmp_path, start_step=49)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == text
 
 
 # Under an engine
