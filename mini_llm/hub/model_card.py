@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ def write_card(
     run: Path,
     *,
     step: int | None = None,
+    tokens: Mapping[str, int] | None = None,
     picture: Path | None = None,
     repo_id: str | None = None,
     without_mtp: bool = False,
@@ -113,17 +114,23 @@ def write_card(
 ) -> None:
     """Write README.md of the stock checkpoint in ``folder`` from the files of its run.
 
-    ``step``: the weights are those of that optimizer step (None: of the run's last). ``picture``
-    is copied beside it and shown. ``repo_id`` is where it will be loaded from. ``license`` and
-    ``language`` replace those of the run. Raises ValueError, naming the file, where the run's
-    folder does not say what a card needs.
+    ``step``: the weights are those of that optimizer step (None: of the run's last), trained on
+    ``tokens`` by source (None: those last logged, for a step that is saved need not be logged).
+    ``picture`` is copied beside it and shown. ``repo_id`` is where it will be loaded from.
+    ``license`` and ``language`` replace those of the run. Raises ValueError, naming the file, where
+    the run's folder does not say what a card needs.
     """
     facts = _read_run(run)
     args: RunArguments = facts["args"]
     config = json.loads((folder / "config.json").read_text())
     steps = [line for line in facts["metrics"] if step is None or line["step"] <= step]
     progress = {key: value for line in steps for key, value in line.items()}  # newest of each
-    tokens = int(progress.get("train/tokens") or 0)
+    if step is not None:
+        progress["step"] = step
+    if tokens is not None:
+        progress["train/tokens"] = sum(tokens.values())
+        progress |= {f"data/{name}/tokens": count for name, count in tokens.items()}
+    seen = int(progress.get("train/tokens") or 0)
     parameters = dict(facts["parameters"])
     if without_mtp:
         parameters["total"] -= parameters["mtp"]
@@ -146,9 +153,9 @@ def write_card(
         data=_data_table(args, progress),
         training=_table(_training_rows(args, facts, progress)),
         picture=f"\n![loss over optimizer steps]({PICTURE})\n" if picture else "",
-        evaluation=_evaluation(progress) + _benchmarks(run, step, progress.get("step")),
+        evaluation=_evaluation(steps, progress) + _benchmarks(run, step, progress.get("step")),
         samples=_samples(run, step),
-        tokens=tokens,
+        tokens=seen,
         licence=_licence(license or args.hub_license, chat),
     )
     if picture is not None:
@@ -277,7 +284,8 @@ def _training_rows(
     return [*rows, ("versions", packages)]
 
 
-def _evaluation(progress: dict[str, Any]) -> str:
+def _evaluation(steps: list[dict[str, Any]], progress: dict[str, Any]) -> str:
+    """The last evaluation up to the step of the weights, and its step if that is another."""
     keys = [key for key in progress if key.startswith("eval/") and key.endswith("/loss")]
     names = [key.removeprefix("eval/").removesuffix("/loss") for key in keys]
     if not names:
@@ -290,7 +298,9 @@ def _evaluation(progress: dict[str, Any]) -> str:
         (name, shown(f"eval/{name}/loss"), shown(f"eval/{name}/bits_per_byte")) for name in names
     ]
     table = _table(rows, head=("held-out part of", "loss (nats a token)", "bits per byte"))
-    return f"\n## Evaluation\n\n{table}\n"
+    measured = max(line["step"] for line in steps if not line.keys().isdisjoint(keys))
+    at_step = f"\nMeasured at step {measured:,}.\n" if measured != progress["step"] else ""
+    return f"\n## Evaluation\n\n{table}\n{at_step}"
 
 
 def _benchmarks(run: Path, step: int | None, last_step: int | None) -> str:

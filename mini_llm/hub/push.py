@@ -39,11 +39,15 @@ class PushFailedError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A stock checkpoint, the run that wrote it, and at which step (None: at its end)."""
+    """A stock checkpoint, the run that wrote it, and at which step (None: at its end).
+
+    ``tokens`` are those of each source up to ``step``.
+    """
 
     weights: Path
     run: Path | None = None
     step: int | None = None
+    tokens: dict[str, int] | None = None
 
 
 def push(
@@ -129,10 +133,12 @@ def find_source(directory: Path) -> Source:
         )
     if directory.name == "model" and (directory.parent / "state.json").is_file():
         run = directory.parent.parent.parent
-        step = int(json.loads((directory.parent / "state.json").read_text())["step"])
+        state = json.loads((directory.parent / "state.json").read_text())
+        source = Source(directory, run, int(state["step"]), state.get("tokens"))
     else:
-        run, step = directory.parent, None
-    return Source(directory, run, step) if (run / "run.json").is_file() else Source(directory)
+        run = directory.parent
+        source = Source(directory, run)
+    return source if (run / "run.json").is_file() else Source(directory)
 
 
 def _name_of(source: Source) -> str:
@@ -161,6 +167,7 @@ def _stage(
                 folder,
                 source.run,
                 step=source.step,
+                tokens=source.tokens,
                 picture=_draw(source.run, source.step, Path(temporary)),
                 repo_id=repo_id,
                 without_mtp=drops,

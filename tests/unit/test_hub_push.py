@@ -296,7 +296,29 @@ def test_card_tells_of_the_run_up_to_the_step_of_the_weights(
     assert "\n`````text\n=== step 20: 1\n```` fences ```\n# no heading�[31m\n`````\n" in card
     for fact in ("| books | 25.0% | 250 |", "| books | 4.5000 | 1.2500 |", "for 10 steps"):
         assert fact in early and fact not in card, fact
+    assert "Measured at step" not in early + card  # it was at the step of the weights
     assert "## Samples" not in early  # those are of a later step
+
+
+def test_card_of_a_step_that_was_saved_and_not_logged_tells_its_own_step_and_tokens(
+    run: Path, server: HubUploadServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(run, folder)
+    (folder / "checkpoints/step-10").rename(folder / "checkpoints/step-13")
+    state = {"step": 13, "tokens": {"web/a|zh": 975, "books": 325}}
+    (folder / "checkpoints/step-13/state.json").write_text(json.dumps(state))
+    push(folder / "checkpoints/step-13", REPO)
+    card = server.repositories[REPO].files()["README.md"].decode()
+    for fact in (
+        "for 13 steps.",
+        "| optimizer steps | 13 |",
+        "| tokens seen | 1,300 |",
+        "| web/a\\|zh | 75.0% | 975 |",
+        "a small model that saw 1,300 tokens",
+        "| books | 4.5000 | 1.2500 |\n\nMeasured at step 10.",  # the last one before it
+    ):
+        assert fact in card, fact
 
 
 @pytest.mark.parametrize("kind", ["create", "preupload", "batch", "upload", "verify", "commit"])
