@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mini_llm.plots import draw_loss
-from mini_llm.training.checkpoint_files import is_complete
+from mini_llm.training.checkpoint_files import list_checkpoints
 
 from .model_card import PICTURE, write_card
 
@@ -120,10 +120,10 @@ def find_source(directory: Path) -> Source:
         if (directory / "final").is_dir():
             directory = directory / "final"
         else:
-            found = [p for p in (directory / "checkpoints").glob("step-*") if is_complete(p)]
+            found = list_checkpoints(directory)
             if not found:
                 raise ValueError(f"{directory} holds neither final/ nor a whole checkpoint yet")
-            directory = max(found, key=lambda path: int(path.name.split("-")[1]))
+            directory = found[-1]
     if (directory / "state.json").is_file():
         directory = directory / "model"
     if not (directory / "config.json").is_file() or not list(directory.glob("model*.safetensors")):

@@ -9,7 +9,6 @@ saving.py writes them.
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,11 +21,16 @@ from torch import nn
 from mini_llm.data.stream import RowStream
 from mini_llm.parallel.engine_state import load_engine_state
 
-from .checkpoint_files import DamagedCheckpointError, check_files, check_pickles, is_complete
+from .checkpoint_files import (
+    DamagedCheckpointError,
+    check_files,
+    check_pickles,
+    list_checkpoints,
+    step_of,
+)
 
 FORMAT_VERSION = 2
 PARTIAL = ".partial"
-_NAME = re.compile(r"step-(\d+)")
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -54,15 +58,15 @@ def superseded(
     of ``milestone_steps`` (0: none).
     """
     # What lies after this step was damaged, or the run would have gone on from there.
-    later = [path for path in checkpoints if _step_of(path) > step]
-    rest = [path for path in checkpoints if _step_of(path) <= step]
+    later = [path for path in checkpoints if step_of(path) > step]
+    rest = [path for path in checkpoints if step_of(path) <= step]
     keep = set(rest[-total_limit:])
     losses = {path: _eval_loss_of(path) for path in rest}
     measured = [path for path in rest if losses[path] is not None]
     if measured:
         keep.add(min(measured, key=lambda path: losses[path] or 0.0))
     if milestone_steps:
-        keep |= {path for path in rest if _step_of(path) % milestone_steps == 0}
+        keep |= {path for path in rest if step_of(path) % milestone_steps == 0}
     return [path for path in rest if path not in keep] + later
 
 
@@ -79,16 +83,6 @@ def remove_leftovers(output_dir: Path) -> None:
     """Remove what a run that was killed while saving left; rank 0, holding the folder's lock."""
     for leftover in (output_dir / "checkpoints").glob(f".step-*{PARTIAL}"):
         _remove_leftover(leftover)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run that were written to their end, oldest first."""
-    found = [
-        path
-        for path in (output_dir / "checkpoints").glob("step-*")
-        if _NAME.fullmatch(path.name) and is_complete(path)
-    ]
-    return sorted(found, key=_step_of)
 
 
 def find_checkpoint(output_dir: Path, resume: str, *, is_finished: bool = False) -> Path | None:
@@ -130,7 +124,7 @@ def find_checkpoint(output_dir: Path, resume: str, *, is_finished: bool = False)
             f"--resume_from_checkpoint: {error}; give another checkpoint, or auto"
         ) from error
     check_pickles(path / "engine")
-    newer = [other for other in existing if _step_of(other) > read_state(path)["step"]]
+    newer = [other for other in existing if step_of(other) > read_state(path)["step"]]
     if newer:
         raise ValueError(
             f"--resume_from_checkpoint: {output_dir} holds the later checkpoint {newer[-1].name}; "
@@ -142,9 +136,9 @@ def find_checkpoint(output_dir: Path, resume: str, *, is_finished: bool = False)
 
 
 def _newest_whole(output_dir: Path) -> Path | None:
-    folders = [p for p in (output_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name)]
+    folders = [p for p in (output_dir / "checkpoints").glob("step-*") if step_of(p) >= 0]
     faults = []
-    for path in sorted(folders, key=_step_of, reverse=True):
+    for path in sorted(folders, key=step_of, reverse=True):
         try:
             check_files(path)
         except DamagedCheckpointError as error:
@@ -211,8 +205,3 @@ def stream_state(stream: RowStream) -> Any:
     """
     state = stream.state_dict()
     return gather_object([state]) if stream.state_is_per_rank else state
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1

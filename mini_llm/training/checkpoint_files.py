@@ -1,4 +1,4 @@
-"""The files of a checkpoint: their checksums, and what their pickles may contain.
+"""A run's checkpoints as files: which are whole, their checksums, what their pickles may contain.
 
 ``files.json`` lists every file with its bytes and sha256. It is written last, so a folder without
 it is not complete, and a file that was deleted, cut or changed afterwards is found before it is
@@ -8,11 +8,13 @@ used.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FILES_NAME = "files.json"
+_NAME = re.compile(r"step-(\d+)")
 PICKLE_SUFFIXES = (".pt", ".bin", ".pkl", ".pth", ".ckpt")
 # What this project, Accelerate and DeepSpeed put into their pickles besides tensors, as seen in
 # checkpoints of every engine; a pickle can run whatever it names, so nothing else is loaded.
@@ -52,6 +54,22 @@ def write_file_list(folder: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether the folder was written to its end; says nothing of what happened since."""
     return (folder / FILES_NAME).is_file()
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of a folder that is named ``step-N``; -1 of any other."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match.group(1)) if match else -1
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run that were written to their end, oldest first."""
+    found = [
+        path
+        for path in (output_dir / "checkpoints").glob("step-*")
+        if step_of(path) >= 0 and is_complete(path)
+    ]
+    return sorted(found, key=step_of)
 
 
 def check_files(folder: Path, *, parts: Iterable[str] = ("",)) -> None:

@@ -34,12 +34,11 @@ from mini_llm.parallel.watchdog import beat
 from .checkpoint import (
     FORMAT_VERSION,
     PARTIAL,
-    list_checkpoints,
     remove_checkpoint,
     remove_leftovers,
     superseded,
 )
-from .checkpoint_files import flush_directory, write_file_list
+from .checkpoint_files import flush_directory, list_checkpoints, write_file_list
 
 LOOK_SECONDS = 0.5
 LAST_SECONDS = 5.0

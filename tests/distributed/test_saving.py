@@ -28,8 +28,7 @@ from mini_llm.data import load_tokenizer
 from mini_llm.models import build_model
 from mini_llm.parallel import engine
 from mini_llm.parallel.snapshot import Snapshot
-from mini_llm.training.checkpoint import list_checkpoints
-from mini_llm.training.checkpoint_files import check_files
+from mini_llm.training.checkpoint_files import check_files, list_checkpoints
 from mini_llm.training.optimizer import build_optimizer
 from mini_llm.training.saving import CheckpointWriter
 from tests.conftest import TINY_MODELS, TinyData

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_llm.training.checkpoint import list_checkpoints
+from mini_llm.training.checkpoint_files import list_checkpoints
 from tests.conftest import TinyData
 from tests.distributed.test_interruption import Run
 from tests.launching import TINY_RUN, launch, series

@@ -11,12 +11,16 @@ import torch
 from mini_llm.training import checkpoint as checkpoints
 from mini_llm.training.checkpoint import (
     find_checkpoint,
-    list_checkpoints,
     load_newest,
     read_state,
     remove_leftovers,
 )
-from mini_llm.training.checkpoint_files import FILES_NAME, check_pickles, write_file_list
+from mini_llm.training.checkpoint_files import (
+    FILES_NAME,
+    check_pickles,
+    list_checkpoints,
+    write_file_list,
+)
 
 VERSION = checkpoints.FORMAT_VERSION
 

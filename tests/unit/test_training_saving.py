@@ -13,8 +13,8 @@ import torch
 
 from mini_llm.parallel.snapshot import Snapshot
 from mini_llm.training import checkpoint, saving
-from mini_llm.training.checkpoint import find_checkpoint, list_checkpoints
-from mini_llm.training.checkpoint_files import check_files
+from mini_llm.training.checkpoint import find_checkpoint
+from mini_llm.training.checkpoint_files import check_files, list_checkpoints
 from mini_llm.training.saving import CheckpointWriter
 from tests.unit.test_training_checkpoint import flip_a_byte
 
