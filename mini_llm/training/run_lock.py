@@ -32,7 +32,8 @@ class RunLock:
     def take(self, rank: int) -> None:
         """Take the folder for this run.
 
-        Raises ValueError when it cannot be made, or another run still has it after a minute.
+        Raises ValueError when it cannot be made, its disk has no file locks, or another run still
+        has it after a minute.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,12 @@ def _locked(file: IO[str], how: int) -> bool:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # Lustre without -o flock, or NFS without its lock service
+        raise ValueError(
+            f"--output_dir {Path(file.name).parent}: its disk has no file locks "
+            f"({error.strerror}), which keep two runs out of one folder; mount it with flock, or "
+            "choose a folder on another disk"
+        ) from error
     return True
 
 

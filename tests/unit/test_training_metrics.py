@@ -1,5 +1,6 @@
 """metrics.jsonl, counted tokens, sizes."""
 
+import errno
 import json
 import math
 import resource
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from mini_llm import build_model, list_models
+from mini_llm.training import run_lock
 from mini_llm.training.arguments import PretrainArguments, SftArguments
 from mini_llm.training.metrics import MetricsLog, TokenCounter
 from mini_llm.training.run_folder import (
@@ -206,3 +208,14 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^--output_dir \S+/file cannot be made \(File exists\)"):
         RunLock(tmp_path / "file").take(rank=0)
+
+
+def test_a_disk_without_file_locks_is_named_with_its_flag(tmp_path, monkeypatch):
+    def not_there(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", not_there)
+    with pytest.raises(
+        ValueError, match=r"--output_dir .*/run: its disk has no file locks \(No lo"
+    ):
+        RunLock(tmp_path / "run").take(0)
