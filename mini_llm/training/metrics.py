@@ -162,7 +162,7 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: 
     """Start TensorBoard and W&B as ``--report_to`` says; both write below ``output_dir/logs``.
 
     A resumed run goes on with the curve and the W&B run that it began; what lies after
-    ``start_step`` of an interrupted one is dropped.
+    ``start_step`` of an interrupted one is dropped, all of it where nothing had been saved yet.
     """
     if not args.trackers:
         return
@@ -181,7 +181,7 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, *, start_step: 
     accelerator.init_trackers(
         PROJECT,
         config=settings,
-        init_kwargs={"tensorboard": {"purge_step": start_step + 1} if start_step else {}},
+        init_kwargs={"tensorboard": {"purge_step": start_step + 1}},
     )
     accelerator.wait_for_everyone()  # for rank 0, which waits for a server: no rank's first step
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from mini_llm import build_model, list_models
 from mini_llm.training import run_lock
 from mini_llm.training.arguments import PretrainArguments, SftArguments
-from mini_llm.training.metrics import MetricsLog, TokenCounter
+from mini_llm.training.metrics import MetricsLog, TokenCounter, start_trackers
 from mini_llm.training.run_folder import (
     check_run_folder,
     final_step,
@@ -219,3 +219,17 @@ def test_a_disk_without_file_locks_is_named_with_its_flag(tmp_path, monkeypatch)
         ValueError, match=r"--output_dir .*/run: its disk has no file locks \(No lo"
     ):
         RunLock(tmp_path / "run").take(0)
+
+
+def test_the_curve_of_a_run_that_was_killed_before_its_first_save_is_dropped(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = PretrainArguments(str(tmp_path), "m", "t", report_to="tensorboard")
+    for values in ([1.0, 2.0, 3.0], [4.0, 5.0]):
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs")
+        start_trackers(accelerator, args, start_step=0)
+        for step, value in enumerate(values, start=1):
+            accelerator.log({"train/loss": value}, step=step)
+        accelerator.end_training()
+    curve = EventAccumulator(str(tmp_path / "logs/mini-llm")).Reload().Scalars("train/loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 4.0), (2, 5.0)]
