@@ -35,7 +35,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mini_llm.command_line import HelpFormatter, Parser
-from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.input_files import InputFile, check_unchanged, skip_or_raise
 from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import (
@@ -85,6 +84,7 @@ from mini_llm.data.unit_files import (
     write_shuffled,
     write_unit,
 )
+from mini_llm.durable import complete_or_absent
 
 # A unit is full with so many documents or bytes of text, whichever comes first. Best fit needs
 # choice: with 8,192 documents at hand a row of 2,048 is > 99.5% full.

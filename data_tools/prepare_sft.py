@@ -66,7 +66,6 @@ from mini_llm.data.conversations import (
     Conversation,
     why_invalid,
 )
-from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.input_files import InputFile
 from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import MANIFEST_NAME, TRAIN, VALIDATION, FileEntry, TokenizerEntry
@@ -89,6 +88,7 @@ from mini_llm.data.sft_files import (
 )
 from mini_llm.data.text_files import list_files
 from mini_llm.data.unit_files import read_array, read_record, write_unit
+from mini_llm.durable import complete_or_absent
 
 SCAN_BYTES = 32 << 20
 # Best fit needs choice: with so many conversations at hand rows are > 99% full.

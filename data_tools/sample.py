@@ -42,7 +42,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.sample_charts import draw_source_shares
 from mini_llm.command_line import HelpFormatter, Parser
-from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.input_files import InputFile, skip_or_raise
 from mini_llm.data.jobs import available_cpus, run_jobs
 from mini_llm.data.manifest import FileEntry
@@ -66,6 +65,7 @@ from mini_llm.data.sampling import (
 )
 from mini_llm.data.text_files import TEXT_SUFFIXES, BadFileError, check_text_file, list_files
 from mini_llm.data.unit_files import read_record
+from mini_llm.durable import complete_or_absent
 
 WORK_NAME = "unfinished"
 SUMMARY_NAME = "sample.json"

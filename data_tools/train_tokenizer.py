@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mini_llm.command_line import HelpFormatter, Parser
-from mini_llm.data.durable import complete_or_absent
 from mini_llm.data.text_files import Rejected, find_text_files, read_documents
 from mini_llm.data.tokenizer import (
     CHAT_TOKENS,
@@ -38,6 +37,7 @@ from mini_llm.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from mini_llm.durable import complete_or_absent
 
 REPORT_NAME = "tokenizer_report.json"
 ALL_SOURCES = "all"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 
 if TYPE_CHECKING:
     from .sft_files import SftManifest

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .durable import TEMPORARY_SUFFIX
+from ..durable import TEMPORARY_SUFFIX
 from .manifest import TRAIN, VALIDATION, FileEntry
 
 

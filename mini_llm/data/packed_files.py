@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 from .manifest import FileEntry
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 from .input_files import InputFile, check_unchanged
 from .progress import Progress
 from .text_files import (

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, SFT_FORMAT, FileEntry, TokenizerEntry
 from .packing import pack_documents
 

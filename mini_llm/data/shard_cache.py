@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 
 REMOTE_SCHEMES = ("https://", "http://", "hf://")
 CACHE_VARIABLE = "MINI_LLM_CACHE"

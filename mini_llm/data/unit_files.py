@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .durable import complete_or_absent
+from ..durable import complete_or_absent
 from .manifest import FileEntry
 from .packed_files import write_rows
 from .packing import PackedRows

@@ -1,7 +1,6 @@
 """The model card: facts that a run left in its folder, nothing else."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mini_llm.durable import write_whole
 from mini_llm.evaluate.results import (
     as_markdown,
     bucket_table,
@@ -160,9 +160,7 @@ def write_card(
     )
     if picture is not None:
         shutil.copyfile(picture, folder / PICTURE)
-    aside = folder / ".README.md.partial"
-    aside.write_text(text)
-    os.replace(aside, folder / "README.md")
+    write_whole(folder / "README.md", text)
 
 
 def from_hub(args: RunArguments) -> dict[str, Any]:

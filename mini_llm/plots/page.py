@@ -2,11 +2,12 @@
 
 import base64
 import html
-import os
 import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+
+from mini_llm.durable import write_whole
 
 # Control characters are not allowed in HTML; a model may write them: ␀ for NUL, and so on.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
@@ -165,7 +166,5 @@ def _anchor(heading: str) -> str:
 def write_page(path: Path, content: str) -> Path:
     """Write a page, which a reader sees whole, the old one or the new one; return ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content.encode(errors="replace"))
-    os.replace(aside, path)
+    write_whole(path, content.encode(errors="replace"))
     return path

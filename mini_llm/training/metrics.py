@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from mini_llm.durable import write_whole
 
 from .arguments import RunArguments
 from .wandb_tracker import PROJECT, WandbTracker
@@ -46,9 +47,7 @@ class MetricsLog:
         lines = self.path.read_text().splitlines(keepends=True)
         # A line that a killed run left half written has no newline; it lies after the checkpoint.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        aside = self.path.with_name(f".{self.path.name}.partial")  # a full disk must not cost it
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(kept))
 
     def rewind(self, step: int) -> None:
         """The run goes on from ``step``: drop what was logged after it."""

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from mini_llm.data.tokenizer import tokenizer_fingerprint
+from mini_llm.durable import write_whole
 from mini_llm.hub.model_card import from_hub
 from mini_llm.models import kernels_in_use
 from mini_llm.parallel.compile import is_compiled
@@ -46,7 +46,12 @@ def check_run_folder(output_dir: Path, identity: dict[str, Any]) -> None:
     path = output_dir / "run.json"
     if not path.is_file():
         return
-    theirs = json.loads(path.read_text()).get("identity", {})
+    try:
+        theirs = json.loads(path.read_text()).get("identity", {})
+    except ValueError as error:
+        raise ValueError(
+            f"--output_dir: {path} cannot be read ({error}); delete it if the folder is this run's"
+        ) from error
     differing = [key for key in identity if theirs.get(key) != identity[key]]
     if differing:
         details = ", ".join(
@@ -101,16 +106,14 @@ def check_tokenizer_of_model(model: str | Path, tokenizer: str, fingerprint: str
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_config(output_dir: Path, args: RunArguments) -> None:
     """config.yaml: every argument as resolved; ``--config`` accepts it again."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False, allow_unicode=True)
-    (output_dir / "config.yaml").write_text(text)
+    write_whole(output_dir / "config.yaml", text)
 
 
 def versions() -> dict[str, str]:

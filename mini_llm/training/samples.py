@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from mini_llm.data.conversations import ASSISTANT, USER, Conversation, why_invalid
+from mini_llm.durable import write_whole
 from mini_llm.hub.export import base_generation_config, chat_generation_config
 from mini_llm.parallel.expert_parallel import stock_state_dict
 from mini_llm.parallel.watchdog import beat
@@ -205,9 +205,7 @@ class PromptSamples:
 
     def _rewrite(self, answers: list[Answer]) -> None:
         self.answers = answers
-        aside = self.path.with_name(f".{self.path.name}.partial")  # a full disk must not cost it
-        aside.write_bytes(format_answers(answers).encode())
-        os.replace(aside, self.path)
+        write_whole(self.path, format_answers(answers))
 
 
 def check_prompts(prompts: list[Any], *, chat: bool) -> None:

@@ -341,6 +341,8 @@ def test_a_folder_with_another_run_is_refused_with_the_differing_keys(stopped, t
     (tmp_path / "run" / "run.json").write_text(json.dumps({"identity": {"seed": 7}}))
     text = stopped()
     assert "--output_dir" in text and "seed: 7 there, 42 here" in text
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert "run/run.json cannot be read (Expecting" in stopped()
 
 
 def test_a_checkpoint_path_that_is_none_is_refused(stopped, tmp_path):

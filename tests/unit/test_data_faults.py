@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import prepare_pretrain
-from mini_llm.data import durable, jobs, raw_stream, text_files
+from mini_llm import durable
+from mini_llm.data import jobs, raw_stream, text_files
 from mini_llm.data.manifest import load_manifest
 from mini_llm.data.text_files import (
     Document,

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from data_tools import sample as tool
 from data_tools.sample_charts import draw_source_shares
-from mini_llm.data import durable, sampling
+from mini_llm import durable
+from mini_llm.data import sampling
 from mini_llm.data.sampling import document_hash, sample_size
 from mini_llm.data.text_files import Document, find_text_files, read_documents
 from mini_llm.plots import style

@@ -33,3 +33,9 @@ def complete_or_absent(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that a reader, and whoever comes after a full disk, sees old or new: whole."""
+    with complete_or_absent(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
