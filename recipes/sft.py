@@ -73,7 +73,13 @@ from mini_llm.plots.report import write_report
 from mini_llm.training.bad_steps import BadSteps
 from mini_llm.training.balancing import bias_spread, take_expert_load, update_expert_bias
 from mini_llm.training.banner import print_banner, print_dry_run
-from mini_llm.training.checkpoint import find_checkpoint, load_newest, read_state, stream_state
+from mini_llm.training.checkpoint import (
+    check_shapes,
+    find_checkpoint,
+    load_newest,
+    read_state,
+    stream_state,
+)
 from mini_llm.training.evaluation import evaluate, load_held_out, mean_loss
 from mini_llm.training.interruption import Interruption, note_the_stop, what_is_due
 from mini_llm.training.losses import combine_losses, mtp_options
@@ -175,9 +181,6 @@ def main(args: SftArguments) -> None:
         stop(str(error))
     if not args.dry_run:
         lock.join()
-        if accelerator.is_main_process:
-            set_final_aside(output_dir, args.max_steps)
-            write_config(output_dir, args)
 
     # ---- Model: the pretrained weights, in fp32 whatever they were saved in ---------------------
     watchdog.beat("building the model")
@@ -204,6 +207,8 @@ def main(args: SftArguments) -> None:
             stop(f"--torch_compile: {error}")
     config, parameters = model.config, count_parameters(model)
     try:
+        if checkpoint:
+            check_shapes(checkpoint, model)
         spread_experts(model, args.expert_parallel_size, rank())
     except ValueError as error:
         stop(str(error))
@@ -244,6 +249,9 @@ def main(args: SftArguments) -> None:
             stop(str(error))
         tokens.load_state_dict(state["tokens"])
         bad_steps.load_state_dict(state["bad_steps"])
+    if accelerator.is_main_process:  # what is refused has changed nothing
+        set_final_aside(output_dir, args.max_steps)
+        write_config(output_dir, args)
 
     token_bytes = token_byte_lengths(tokenizer)
     start_trackers(accelerator, args, start_step=start_step)

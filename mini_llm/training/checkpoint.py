@@ -17,8 +17,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from mini_llm.data.stream import RowStream
+from mini_llm.models import empty_model
 from mini_llm.parallel.engine_state import load_engine_state
 
 from .checkpoint_files import (
@@ -133,6 +135,20 @@ def find_checkpoint(output_dir: Path, resume: str, *, is_finished: bool = False)
     if path.resolve().parent != (output_dir / "checkpoints").resolve():
         _say(f"note: {path} is not a checkpoint of the run in {output_dir}; continuing from it")
     return path
+
+
+def check_shapes(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose model has other parameters than ``model``. Raises ValueError."""
+    saved = empty_model(AutoConfig.from_pretrained(checkpoint / "model"))
+    theirs = {name: list(parameter.shape) for name, parameter in saved.named_parameters()}
+    ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"--resume_from_checkpoint: {checkpoint} is of another model ({name} is "
+                f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here); give "
+                "the --model and --model_overrides of its run"
+            )
 
 
 def _newest_whole(output_dir: Path) -> Path | None:

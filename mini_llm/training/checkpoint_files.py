@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,12 +71,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def check_files(folder: Path, *, parts: Iterable[str] = ("",)) -> None:
-    """Raise DamagedCheckpointError unless the files are those of ``files.json``, byte for byte.
-
-    ``parts`` limits the check to files whose relative path begins with one of them.
-    """
-    prefixes = tuple(parts)
+def check_files(folder: Path) -> None:
+    """Raise DamagedCheckpointError unless the files are those of ``files.json``, byte for byte."""
     try:
         listed = json.loads((folder / FILES_NAME).read_text())
         expected = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in listed.items()}
@@ -87,7 +82,6 @@ def check_files(folder: Path, *, parts: Iterable[str] = ("",)) -> None:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{folder / FILES_NAME} is damaged ({error})") from error
-    chosen = [name for name in expected if name.startswith(prefixes)]
 
     def fault(name: str) -> str | None:
         path, (size, checksum) = folder / name, expected[name]
@@ -98,7 +92,7 @@ def check_files(folder: Path, *, parts: Iterable[str] = ("",)) -> None:
         return None if _sha256(path) == checksum else f"{path} has another sha256 than was written"
 
     with ThreadPoolExecutor() as pool:
-        faults = [found for found in pool.map(fault, chosen) if found is not None]
+        faults = [found for found in pool.map(fault, expected) if found is not None]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DamagedCheckpointError(f"{faults[0]}{more}")

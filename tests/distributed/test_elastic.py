@@ -115,7 +115,9 @@ def test_ddp_continues_as_a_single_process_and_refuses_to_as_zero(
 ):
     model = "mini_llama3_tiny"
     leg(tmp_path, tiny_data, model, "ddp", 2, 10)
+    config = (tmp_path / "config.yaml").read_text()
     text = leg(tmp_path, tiny_data, model, "zero1", 1, STEPS, check=False)
+    assert (tmp_path / "config.yaml").read_text() == config  # the run's, not the refused one's
     (sentence,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert "was written by DistributedDataParallel on 2 rank(s)" in sentence
     assert "DeepSpeed ZeRO-1 on 1 rank(s) in fp32 cannot continue" in sentence

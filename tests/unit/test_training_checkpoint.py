@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mini_llm.models import build_model
 from mini_llm.training import checkpoint as checkpoints
 from mini_llm.training.checkpoint import (
+    check_shapes,
     find_checkpoint,
     load_newest,
     read_state,
@@ -21,6 +23,7 @@ from mini_llm.training.checkpoint_files import (
     list_checkpoints,
     write_file_list,
 )
+from tests.conftest import TINY_MODELS
 
 VERSION = checkpoints.FORMAT_VERSION
 
@@ -90,6 +93,23 @@ def test_a_rewind_leaves_out_the_damaged_checkpoint_that_the_resume_left_out(tmp
     nothing: Any = None
     assert load_newest(nothing, nothing, nothing, tmp_path)["step"] == 10
     assert loaded == [tmp_path / "checkpoints/step-10/engine"]
+
+
+@pytest.mark.parametrize("name", sorted(TINY_MODELS))
+def test_a_checkpoint_of_a_model_with_other_parameters_is_refused(tmp_path, name):
+    checkpoint = make(tmp_path, 10)
+    tiny = {**TINY_MODELS[name], "vocab_size": 64}
+    model = build_model(name, **tiny)
+    model.save_pretrained(checkpoint / "model")
+    check_shapes(checkpoint, model)
+    check_shapes(checkpoint, build_model(name, **tiny, max_position_embeddings=64))
+    with pytest.raises(
+        ValueError, match=r"another model \(model.embed_tokens.weight is \[64, .*32"
+    ):
+        check_shapes(checkpoint, build_model(name, **{**tiny, "vocab_size": 32}))
+    deeper = {**tiny, "num_hidden_layers": model.config.num_hidden_layers + 4}
+    with pytest.raises(ValueError, match=r"is absent there and .* here\); give the --model"):
+        check_shapes(checkpoint, build_model(name, **deeper))
 
 
 def test_never_refuses_to_overwrite_a_run(tmp_path):
