@@ -238,8 +238,10 @@ def from_record(record: dict[str, Any]) -> Found | str:
     messages: list[Any] | str
     if record.get("tools") or record.get("functions"):
         return "tools"
-    if "messages" in record or "conversations" in record:
-        messages = _from_messages(record, mended)
+    # Where kinds of records are written together, the fields of the others are null.
+    turns = [record[name] for name in MESSAGE_COLUMNS if record.get(name) is not None]
+    if turns:
+        messages = _from_messages(turns[0], record, mended)
     else:
         messages = _from_instruction(record, mended)
     if isinstance(messages, str):
@@ -255,8 +257,7 @@ def from_record(record: dict[str, Any]) -> Found | str:
     return Found(messages, kind, tuple(mended))
 
 
-def _from_messages(record: dict[str, Any], mended: list[str]) -> list[Any] | str:
-    turns = record["messages"] if "messages" in record else record["conversations"]
+def _from_messages(turns: object, record: dict[str, Any], mended: list[str]) -> list[Any] | str:
     if not isinstance(turns, list):
         return "wrong_fields"
     if not turns:

@@ -314,6 +314,18 @@ def test_messages_and_sharegpt_keep_system_and_thoughts() -> None:
     assert contents({"messages": messages}) == expected
 
 
+def test_records_of_several_kinds_written_together_are_read_by_the_fields_that_they_have() -> None:
+    """As datasets and pandas write them, with null for what a record does not have."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    absent = dict.fromkeys(("messages", "conversations", "instruction", "input", "output"))
+    for record in (
+        {"messages": turns},
+        {"conversations": turns},
+        {"instruction": "Hi", "input": "", "output": "Yo"},
+    ):
+        assert contents({**absent, **record}) == [("user", "Hi"), ("assistant", "Yo")]
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 def test_what_stands_beside_the_turns_counts_in_every_format(key: str) -> None:
     expected = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")]
