@@ -164,11 +164,11 @@ class Peers:
         """Wait for the others' states and say who is late; on the rank that raised the flag."""
         ranks = range(self._world_size)
         states = _read_states(store, "life", ranks)
-        here = os.uname().nodename
-        fates = {s.rank: _fate(s.pid) for s in states.values() if s.host == here}
+        fates = _fates(states)
         able = [rank for rank in ranks if fates.get(rank) not in (GONE, SUSPENDED)]
         self._await(store, [f"state/{rank}" for rank in able], COLLECT_SECONDS)
         states |= _read_states(store, "state", ranks)
+        fates = _fates(states)  # again: one that was killed may have been on its way out
         living = [rank for rank in states if states[rank].where]
         lowest = {states[rank].host: rank for rank in sorted(living, reverse=True)}
         return {
@@ -204,6 +204,12 @@ def _read_states(store: Any, kind: str, ranks: Iterable[int]) -> dict[int, RankS
             fields["frames"] = tuple(Frame(**frame) for frame in fields["frames"])
             found[rank] = RankState(**fields)
     return found
+
+
+def _fates(states: dict[int, RankState]) -> dict[int, str]:
+    """By rank, what became of the processes on this host."""
+    here = os.uname().nodename
+    return {s.rank: _fate(s.pid) for s in states.values() if s.host == here}
 
 
 def _fate(pid: int) -> str:

@@ -230,8 +230,8 @@ class SftArguments(RunArguments):
         True,
     )
     num_train_epochs: float = _arg(
-        "passes over the data, which then decide max_steps (0: they do not; packed data only); "
-        "--max_steps on the command line wins over the YAML's",
+        "passes over the data, which then decide --max_steps (0: they do not; packed data only); "
+        "--max_steps alone on the command line wins over the YAML's passes",
         0.0,
     )
     global_batch_tokens: int = _arg(
@@ -306,11 +306,8 @@ def parse_arguments(
         values[name] = _convert(value, types[name], f"{config_path}: {name}", parser)
     for name, value in flags.items():
         values[name] = _convert(value, types[name], f"--{name}", parser)
-    if "max_steps" in flags and "num_train_epochs" in types:
-        if "num_train_epochs" not in flags:
-            values["num_train_epochs"] = 0.0  # the file's would decide over the command line
-        elif values["num_train_epochs"]:
-            parser.error("--num_train_epochs decides --max_steps; give one of the two")
+    if "max_steps" in flags and "num_train_epochs" in types and "num_train_epochs" not in flags:
+        values["num_train_epochs"] = 0.0  # the file's would decide over the command line
     for item in dataclasses.fields(cls):
         required = item.default is dataclasses.MISSING is item.default_factory
         if required and item.name not in values:

@@ -225,6 +225,7 @@ def test_a_finished_run_without_its_checkpoints_is_done_and_refuses_only_to_go_o
     assert (run / "final").is_dir() and not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_has_no_final_model_until_it_is_finished_again(
     finished_run, tmp_path
 ):

@@ -62,7 +62,7 @@ def test_the_code_is_declared_to_run_on_the_oldest_supported_versions(
     declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
     assert project["requires-python"] == ">=3.11"
     assert str(declared["torch"]) == ">=2.11"
-    assert str(declared["transformers"]) == ">=5.17"
+    assert str(declared["transformers"]) == "<6,>=5.17"
     assert str(declared["deepspeed"]) == "==0.19.8"
 
 

@@ -3,17 +3,21 @@
 Whole runs under the launcher: tests/distributed/test_interruption.py.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from mini_llm.parallel import peers
 from mini_llm.parallel.engine import limit_collectives
+from mini_llm.parallel.hang_report import RankState
 from mini_llm.parallel.watchdog import where_peer_was_missed
 from tests.launching import launch_port
 
@@ -131,6 +135,20 @@ def test_a_suspended_rank_is_named_by_its_silence(start):
 
 
 @pytest.mark.slow
+def test_a_killed_process_that_is_still_on_its_way_out_at_first_is_reported_gone(monkeypatch):
+    store = dist.HashStore()
+    for rank in (0, 1):
+        state = RankState(rank, os.uname().nodename, 100 + rank, 1, 1, "forward", "12:00:00 UTC")
+        store.set(f"life/{rank}", json.dumps(asdict(state)))
+    answered = replace(state, rank=0, where="elsewhere")
+    store.set("state/0", json.dumps(asdict(answered)))
+    looks = iter(["its process is there, running, but cannot run Python", peers.GONE])
+    monkeypatch.setattr(peers, "_fate", lambda pid: next(looks) if pid == 101 else "alive")
+    monkeypatch.setattr(peers, "COLLECT_SECONDS", 0.3)
+    report = peers.Peers(0, 2, 1.0, lambda: (1, 1, "forward"))._work_out(store)
+    assert "rank 1" in report["text"] and f"({peers.GONE})" in report["text"]
+
+
 def test_a_rank_in_a_call_that_never_lets_go_of_python_is_named_and_still_leaves_its_stack(start):
     ranks = start("re.match('(a+)+$', 'a' * 60 + 'b')")
     (_, stderr, _), (status, _, log) = ranks.wait()
