@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mini_llm.plots import draw_loss
-from mini_llm.training.checkpoint_files import list_checkpoints
+from mini_llm.training.checkpoint_files import is_complete, list_checkpoints
 
 from .model_card import PICTURE, write_card
 
@@ -125,6 +125,11 @@ def find_source(directory: Path) -> Source:
                 raise ValueError(f"{directory} holds neither final/ nor a whole checkpoint yet")
             directory = found[-1]
     if (directory / "state.json").is_file():
+        if directory.parent.name == "checkpoints" and not is_complete(directory):
+            raise ValueError(
+                f"{directory} is not whole: it is being written, or its run was killed meanwhile; "
+                "give another step"
+            )
         directory = directory / "model"
     if not (directory / "config.json").is_file() or not list(directory.glob("model*.safetensors")):
         raise ValueError(

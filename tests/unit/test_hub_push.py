@@ -413,6 +413,9 @@ def test_a_run_folder_means_its_final_model_else_its_newest_whole_checkpoint(
     for copy in ("step-best", "step-10-old", "step-900.bak"):  # of a user, by hand
         shutil.copytree(run / "checkpoints/step-10", tmp_path / "checkpoints" / copy)
     assert find_source(tmp_path).weights == tmp_path / "checkpoints/step-10/model"
+    (tmp_path / "checkpoints/step-10/files.json").unlink()
+    with pytest.raises(ValueError, match="step-10 is not whole: it is being written"):
+        find_source(tmp_path / "checkpoints/step-10")
     alone = tmp_path / "copied" / "out"
     shutil.copytree(run / "final", alone)
     assert find_source(alone).run is None  # its README.md stays as it is
