@@ -39,7 +39,7 @@ def build_quickstart_data(folder: str | Path) -> None:
 
     Any number of processes may call it at once: a lock file lets one build while the others wait
     for the lock and then find the work done. Raises FileNotFoundError when the tools are not beside
-    the package, RuntimeError when a tool fails.
+    the package, ValueError when a tool fails.
     """
     folder = Path(folder)
     corpus, tokenizer, packed = folder / "corpus", folder / "tokenizer", folder / "packed"
@@ -48,11 +48,7 @@ def build_quickstart_data(folder: str | Path) -> None:
     with _only_builder(folder) as tools:
         if (packed / MANIFEST_NAME).exists() and (tokenizer / DONE_NAME).exists():
             return  # another process built it while this one waited
-        _run_stage(
-            tools / "make_quickstart_corpus.py",
-            [f"--output_dir={corpus}", f"--max_bytes={MAX_BYTES}"],
-            done=corpus / DONE_NAME,
-        )
+        _make_corpus(tools, corpus)
         _run_stage(
             tools / "train_tokenizer.py",
             [
@@ -88,6 +84,7 @@ def build_quickstart_conversations(folder: str | Path) -> None:
     if (packed / MANIFEST_NAME).exists():
         return
     with _only_builder(folder) as tools:
+        _make_corpus(tools, folder / "corpus")  # which may have been deleted once rows were packed
         _run_stage(
             tools / "prepare_sft.py",
             [
@@ -117,6 +114,14 @@ def _only_builder(folder: Path) -> Iterator[Path]:
         yield tools
 
 
+def _make_corpus(tools: Path, corpus: Path) -> None:
+    _run_stage(
+        tools / "make_quickstart_corpus.py",
+        [f"--output_dir={corpus}", f"--max_bytes={MAX_BYTES}"],
+        done=corpus / DONE_NAME,
+    )
+
+
 def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
     """Run a tool unless `done` exists, create `done` after it, and print one line."""
     if done.exists():
@@ -132,7 +137,7 @@ def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
         check=False,
     )
     if finished.returncode:
-        raise RuntimeError(f"{tool.name} failed: {finished.stderr.strip()}")
+        raise ValueError(f"{tool.name} failed: {finished.stderr.strip()}")
     if not done.exists():
         done.touch()
     last_line = finished.stdout.strip().splitlines()[-1]
@@ -141,4 +146,7 @@ def _run_stage(tool: Path, arguments: list[str], done: Path) -> None:
 
 
 if __name__ == "__main__":
-    build_quickstart_conversations(sys.argv[1])
+    try:
+        build_quickstart_conversations(sys.argv[1])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -446,6 +446,27 @@ def test_a_run_on_data_of_its_own_builds_no_quickstart_data() -> None:
     assert quickstart.is_quickstart_data({"q": {"path": "output/quickstart/data/packed_sft"}})
 
 
+def test_quickstart_conversations_are_packed_also_where_the_corpus_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for done in ("packed/manifest.json", f"tokenizer/{quickstart.DONE_NAME}"):
+        (tmp_path / done).parent.mkdir()
+        (tmp_path / done).touch()
+    tools: list[str] = []
+    monkeypatch.setattr(quickstart, "_run_stage", lambda tool, *_, **__: tools.append(tool.stem))
+    quickstart.build_quickstart_conversations(tmp_path)
+    assert tools == ["make_quickstart_corpus", "prepare_sft"]
+
+
+def test_a_tool_of_the_quickstart_that_fails_is_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "the disk is full\n")
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match=r"^make_quickstart_corpus\.py failed: the disk is full$"):
+        quickstart.build_quickstart_data(tmp_path)
+
+
 @pytest.mark.slow
 def test_ranks_that_build_the_quickstart_data_at_once_build_it_once(tmp_path: Path) -> None:
     ranks = [
