@@ -16,6 +16,7 @@ from mini_llm.evaluate.results import (
     results_folder,
     tasks_table,
 )
+from mini_llm.training.checkpoint_files import step_of
 
 from . import page
 from .curves import COMPARED_TOKENS, PICTURES
@@ -189,7 +190,7 @@ def evaluation(run: Run) -> list[str]:
 
     A results.json that cannot be read is said to be one.
     """
-    steps = [int(p.name[len("step-") :]) for p in (run.folder / FOLDER).glob("step-*")]
+    steps = [number for p in (run.folder / FOLDER).glob("step-*") if (number := step_of(p)) >= 0]
     try:
         found = None
         for step in (None, *sorted(steps, reverse=True)):

@@ -378,7 +378,7 @@ def test_a_card_shows_no_evaluation_of_other_weights(run: Path) -> None:
 def test_a_damaged_evaluation_is_named_and_spoils_neither_card_nor_report(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / "evaluation").mkdir()
+    (run / "evaluation" / "step-best").mkdir(parents=True)  # somebody's copy
     (run / "evaluation" / "results.json").write_text("{")
     write_card(run / "final", run)
     assert "results.json cannot be read" in capsys.readouterr().out
