@@ -134,13 +134,12 @@ def test_a_suspended_rank_is_named_by_its_silence(start):
     assert "rank 1 (host " in stderr and "its process is suspended" in stderr
 
 
-@pytest.mark.slow
 def test_a_killed_process_that_is_still_on_its_way_out_at_first_is_reported_gone(monkeypatch):
     store = dist.HashStore()
     for rank in (0, 1):
         state = RankState(rank, os.uname().nodename, 100 + rank, 1, 1, "forward", "12:00:00 UTC")
         store.set(f"life/{rank}", json.dumps(asdict(state)))
-    answered = replace(state, rank=0, where="elsewhere")
+    answered = replace(state, rank=0, pid=100, where="elsewhere")
     store.set("state/0", json.dumps(asdict(answered)))
     looks = iter(["its process is there, running, but cannot run Python", peers.GONE])
     monkeypatch.setattr(peers, "_fate", lambda pid: next(looks) if pid == 101 else "alive")
@@ -149,6 +148,7 @@ def test_a_killed_process_that_is_still_on_its_way_out_at_first_is_reported_gone
     assert "rank 1" in report["text"] and f"({peers.GONE})" in report["text"]
 
 
+@pytest.mark.slow
 def test_a_rank_in_a_call_that_never_lets_go_of_python_is_named_and_still_leaves_its_stack(start):
     ranks = start("re.match('(a+)+$', 'a' * 60 + 'b')")
     (_, stderr, _), (status, _, log) = ranks.wait()
