@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATIONS = {
@@ -18,8 +19,9 @@ PRODUCTS = {"mm", "bmm", "addmm", "_grouped_mm"}
 class Operators(TorchDispatchMode):
     """Counts aten operators but views and allocations, and those that ask the device for a value.
 
-    Synchronisations are what makes the host wait: reading a number, and results whose size depends
-    on values (boolean indexing, ``repeat_interleave`` without a size).
+    Synchronisations are what makes the host wait, were the tensors on a GPU: reading a number,
+    results whose size depends on values (boolean indexing, ``repeat_interleave`` without a size),
+    and numbers that torch copies there from ordinary memory (``x[0] = 1.0``, ``where`` with one).
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,15 @@ class Operators(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.synchronisations: Counter[str] = Counter()
         self.product_dtypes: Counter[tuple[str, torch.dtype]] = Counter()
+        self._copied_numbers = _CopiedNumbers(self.synchronisations)
+
+    def __enter__(self) -> Any:
+        self._copied_numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copied_numbers.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -46,3 +57,24 @@ class Operators(TorchDispatchMode):
         if name in PRODUCTS:
             self.product_dtypes[name, args[0].dtype] += 1
         return func(*args, **kwargs)
+
+
+class _CopiedNumbers(TorchFunctionMode):
+    """Counts Python's numbers that become tensors of the host, which no operator's inputs show."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.where, torch.Tensor.where):
+            if any(isinstance(arg, (int, float)) for arg in args):
+                self._found["where"] += 1
+        elif func is torch.Tensor.__setitem__:
+            _, index, value = args
+            places = index if isinstance(index, tuple) else (index,)
+            if isinstance(value, (int, float)) and all(isinstance(i, int) for i in places):
+                self._found["setitem"] += 1
+        return func(*args, **(kwargs or {}))

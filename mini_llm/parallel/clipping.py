@@ -57,7 +57,7 @@ def take_over(zero: Any, limit: float) -> None:
         """Of what all ranks hold of a group's gradient; not finite becomes DeepSpeed's -1."""
         square = global_norm(gradients).square()
         dist.all_reduce(square, group=zero.dp_process_group)
-        return torch.where(square.isfinite(), square.sqrt(), -1.0)
+        return square.sqrt().masked_fill(~square.isfinite(), -1.0)
 
     def scaled_global_norm(norm_type: int = 2) -> Any:
         norm = of_all_groups(norm_type)  # inf where a group's is -1

@@ -63,10 +63,10 @@ class BadSteps:
         Without ``now`` a GPU's last step is left to the next call. ``loss`` is this rank's share of
         the step's loss; it is summed over ranks only where jumps are looked for.
         """
-        values = torch.empty(2, dtype=torch.float64, device=loss.device)
-        values[0] = grad_norm
-        values[1] = self._accelerator.reduce(loss, "sum") if self._max_jump else 0.0
-        self._steps.append((step, OnTheWay(values)))
+        total = self._accelerator.reduce(loss, "sum") if self._max_jump else torch.zeros_like(loss)
+        # Not values[0] = …: a number that is written into a tensor on a GPU makes the host wait.
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=loss.device)
+        self._steps.append((step, OnTheWay(torch.stack([norm, total.double()]))))
         first = None
         while len(self._steps) > (self._looks_later and not now):
             number, on_the_way = self._steps.popleft()
