@@ -37,8 +37,8 @@ from .measure import (
     without_mtp,
 )
 
-LOGGING_STEPS = 5
-WARMUP_STEPS = 2 * LOGGING_STEPS  # torch.compile, caches; an interval ends with them
+LOGGING_STEPS = 10  # as every full-size preset's config has it
+WARMUP_STEPS = LOGGING_STEPS  # torch.compile, caches; an interval ends with them
 ROWS = 512  # of the data, at least
 SHORTEST_ROW = 64  # tokens: the made-up conversations, with their template, must fit
 MEAN_DOCUMENT = 290  # tokens; in shorter rows a quarter of one

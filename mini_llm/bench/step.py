@@ -12,6 +12,7 @@ not have, is left out beside them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -107,10 +108,13 @@ def run(
                 )
                 loops[name] = Loop(name, job)
             failed = {}
+            # The first steps of all at once: on a GPU most of them is torch.compile's work.
+            for loop in loops.values():
+                loop.ask(WARMUP_STEPS)
             for name, loop in list(loops.items()):
                 try:
                     loop.expect("ready")
-                    loop.take_turn(WARMUP_STEPS)
+                    loop.expect("clock")
                 except RuntimeError as error:
                     if jobs[name][0] == "ours":
                         raise
@@ -227,14 +231,19 @@ class Loop:
             raise RuntimeError(f"{self.name} said {told} where {key!r} was due")
         return told
 
-    def _ask(self, steps: int, count: bool = False) -> None:
+    def ask(self, steps: int, count: bool = False) -> None:
+        """Have it take `steps` steps when it is ready, 0: end; the times are its next line.
+
+        A process that has ended hears nothing: :meth:`expect` tells what became of it.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"steps": steps, "count": count}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"steps": steps, "count": count}) + "\n")
+            self.process.stdin.flush()
 
     def take_turn(self, steps: int, keep: bool = False) -> None:
         """Let it take `steps` steps, and keep their times."""
-        self._ask(steps)
+        self.ask(steps)
         told = self.expect("clock")
         if keep:
             self.seconds["clock"] += told["clock"]
@@ -242,10 +251,10 @@ class Loop:
 
     def finish(self) -> None:
         """The last step, whose operators are counted where nothing is compiled."""
-        self._ask(1, count=self.countable)
+        self.ask(1, count=self.countable)
         told = self.expect("clock")
         self.counted = {key: told.get(key) for key in self.counted}
-        self._ask(0)
+        self.ask(0)
         self.end = self.expect("mean_loss")
 
     def close(self) -> None:
@@ -254,7 +263,8 @@ class Loop:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):  # what it was asked and never read
+                stream.close()
 
     def figures(self, tokens: int, flops_per_token: float, peak: float | None) -> dict[str, Any]:
         """Medians over the counted steps of one loop."""

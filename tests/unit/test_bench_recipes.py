@@ -79,7 +79,7 @@ def test_pretraining_and_fine_tuning_are_launched_under_each_engine_and_their_ra
     bench.main(
         [
             *("recipes", "--model", "mini_llama3_tiny", "--engine", "none", "zero1"),
-            *("--model_overrides", json.dumps({"num_hidden_layers": 1}), "--steps", "10"),
+            *("--model_overrides", json.dumps({"num_hidden_layers": 1}), "--steps", "20"),
             *("--rows", "2", "--seq_len", "64", "--device", "cpu"),
             *("--json", str(tmp_path / "figures.json"), "--markdown", str(table)),
         ]
