@@ -215,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains each model by recipes/pretrain.py and its stock class by HF Trainer, "
         "on the same rows with the same hyperparameters, and compares their held-out losses; and "
         "mini_deepseekv3_tiny with a mini_llama3 of the same active size. On a CPU, one training "
-        "after the other in one thread: as it stands 21 of about two minutes, three quarters of an "
+        "after the other in one thread: as it stands 24 of about two minutes, three quarters of an "
         "hour in all. That is too long to be a part of all.",
     )
     of_learning.add_argument(

@@ -1,6 +1,7 @@
 """python -m mini_llm.bench learning: that both sides get the same, and that its verdicts follow."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mini_llm.bench.learning import (
     active_size,
     is_better,
     is_no_worse,
+    loops,
     markdown,
     paired_difference,
     recipe_flags,
@@ -85,7 +87,15 @@ def test_a_bar_that_fails_stands_in_the_table() -> None:
     found: dict[str, Any] = {"steps": 3, "seq_len": 256, "seeds": [0, 1], "learning_rate": 1e-3}
     found |= {"warmup_steps": 1, "min_lr_ratio": 0.1, "weight_decay": 0.1}
     found |= {"vocabulary": 4096, "held_out_tokens": 1000}
-    found["models"] = {MIXTURE: of_model | {"difference": worse, "no_worse": is_no_worse(worse)}}
+    same = paired_difference([2.0, 2.1], [2.0, 2.0])
+    found["models"] = {
+        MIXTURE: {
+            **of_model,
+            "recipe_without_mtp": [_result(2.0), _result(2.1)],
+            "differences": {"recipe": worse, "recipe_without_mtp": same},
+            "no_worse": {"recipe": is_no_worse(worse), "recipe_without_mtp": is_no_worse(same)},
+        }
+    }
     found["same_active_size"] = {
         "overrides": {"intermediate_size": 208},
         "sizes": sizes,
@@ -97,6 +107,8 @@ def test_a_bar_that_fails_stands_in_the_table() -> None:
     table = markdown(found)
     row = f"| {MIXTURE} | 3.0000, 3.1000 | 2.0000, 2.0000 | +1.0500 ± 0.0500 | **worse** |"
     assert row in table and "+1.0500 ± 0.0500: **not better**" in table
+    row = f"| {MIXTURE}, multi-token prediction at weight 0 | 2.0000, 2.1000 | 2.0000, 2.0000 | "
+    assert row + "+0.0500 ± 0.0500 | no worse |" in table
 
 
 @pytest.mark.parametrize("model", TINY_PRESETS)
@@ -204,6 +216,21 @@ def test_flags_are_the_quickstarts_and_what_the_models_own_config_says_of_expert
     assert (mixture.mtp_loss_weight, mixture.mtp_loss_final_weight) == (0.3, 0.1)
 
 
+def test_a_model_with_multi_token_prediction_is_also_trained_without_and_by_nothing_else() -> None:
+    assert {model: loops(model) for model in TINY_PRESETS if model != MIXTURE} == {
+        model: ("recipe", "trainer") for model in TINY_PRESETS if model != MIXTURE
+    }
+    assert loops(MIXTURE) == ("recipe", "recipe_without_mtp", "trainer")
+    one, other = (
+        recipe_flags(Training(by, MIXTURE, "{}", 7), Path("somewhere"), 300)
+        for by in ("recipe", "recipe_without_mtp")
+    )
+    args, without = (parse_arguments(PretrainArguments, CONFIG, flags) for flags in (one, other))
+    same_place = replace(without, output_dir=args.output_dir)
+    assert (without.mtp_loss_weight, without.mtp_loss_final_weight) == (0.0, 0.0)
+    assert replace(same_place, mtp_loss_weight=0.3, mtp_loss_final_weight=0.1) == args
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -239,7 +266,7 @@ def test_the_whole_command_trains_both_alike_and_goes_on_where_it_stopped(
     assert recipe["loss"] == pytest.approx(trainer["loss"], abs=1e-3)
     assert recipe["loss"] < recipe["first_training_loss"] - 0.05
     assert recipe["tokens"] == trainer["tokens"] == found["held_out_tokens"] > 1000
-    assert of_model["no_worse"] is None  # one seed
+    assert of_model["no_worse"] == {"recipe": None}  # one seed
     assert found["same_active_size"] is None and found["vocabulary"] == 512
     assert "not judged" in table.read_text()
 
