@@ -111,10 +111,18 @@ def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return the files below a folder, also where a link leads to a folder elsewhere, sorted."""
+    """Return the files below a folder, also where a link leads to a folder elsewhere, sorted.
+
+    Raises ValueError for a folder that cannot be read: its files would be missing unseen.
+    """
+
+    def refuse(error: OSError) -> None:
+        why = error.strerror or str(error)
+        raise ValueError(f"{error.filename} cannot be read: {why}; allow it, or name what to take")
+
     files: list[Path] = []
     seen: set[str] = set()  # a link may lead back to a folder above it
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         subfolders.sort()
         real = os.path.realpath(place)
         if real in seen:

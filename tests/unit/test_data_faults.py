@@ -70,6 +70,25 @@ def test_folder_that_is_a_link_is_read_and_one_that_leads_back_is_no_loop(
     assert found == [tmp_path / "in/a.parquet", tmp_path / "in/more/b.parquet"]
 
 
+def test_folder_that_cannot_be_read_is_named_instead_of_left_out(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "in/a.parquet", example_texts(60))
+    locked = tmp_path / "in/locked"
+    write_shard(locked / "b.parquet", example_texts(60))
+    scandir = os.scandir
+
+    def refusing(place: Any) -> Any:  # as it is for everyone but root
+        if os.fspath(place) == str(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(locked))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match="in/locked cannot be read: Permission denied; allow it"):
+        prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Parquet files
 
 
