@@ -18,6 +18,7 @@ from mini_llm.inference.serve.engines import Delivery, Engine, Job
 from mini_llm.inference.serve.guard import Limits
 from mini_llm.inference.serve.handlers import Served
 from mini_llm.inference.serve.metrics import Metrics
+from mini_llm.inference.serve.serving import not_followed
 
 TOKENIZER = load_tokenizer(DEFAULT_TOKENIZER)
 KEY = "the-key"
@@ -468,3 +469,14 @@ def test_the_description_names_what_a_request_may_hold(client: Callable[..., Tes
         statuses = set(description["paths"][route]["post"]["responses"])
         assert {"200", "400", "401", "404", "413", "429", "504"} <= statuses
         assert "422" not in statuses
+
+
+def test_what_no_answer_follows_of_a_generation_config_is_named() -> None:
+    followed = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 5, "max_length": 9}
+    assert not_followed(GenerationConfig(**followed, eos_token_id=[1, 2], pad_token_id=0)) == ""
+    config = GenerationConfig(**followed, min_p=0.1, num_beams=2, repetition_penalty=1.2)
+    assert sorted(not_followed(config).split(", ")) == [
+        "min_p 0.1",
+        "num_beams 2",
+        "repetition_penalty 1.2",
+    ]

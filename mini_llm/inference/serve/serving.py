@@ -25,6 +25,12 @@ from .metrics import Metrics
 SECONDS_TO_DRAIN = 5  # that running answers get after a signal to end
 SECONDS_FOR_A_BODY = 30
 SECONDS_TO_READ = 30  # that a client gets to take the end of its answer
+# What answers follow of a checkpoint's generation_config.json, and what says nothing of them.
+FOLLOWED = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
+OF_NO_MATTER = {
+    *("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
+    *("transformers_version", "_from_model_config"),
+}
 
 
 def serve(
@@ -82,7 +88,18 @@ def serve(
         cors_origins=arguments.cors_origins,
         created=int((checkpoint / "config.json").stat().st_mtime),
     )
+    if ignored := not_followed(defaults):
+        print(f"not followed of generation_config.json: {ignored}", flush=True)
     run(app, engine, listener, f"{name}, {engine.name}, {model.dtype} on {model.device}")
+
+
+def not_followed(config: Any) -> str:
+    """What a generation config sets and no answer follows, e.g. "min_p 0.1, num_beams 2", or ""."""
+    return ", ".join(
+        f"{field} {value}"
+        for field, value in config.to_diff_dict().items()
+        if value is not None and field not in FOLLOWED | OF_NO_MATTER
+    )
 
 
 def run(app: Any, engine: Engine, listener: socket.socket, what: str) -> None:
