@@ -329,6 +329,9 @@ def trainer(job: Job, turns: Turns) -> float:
     """transformers' Trainer on the stock class, with its defaults but for what makes it equal."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    if job.loop == "trainer_fast":
+        keep_ligers_loss_from_compile()
+
     class Held(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             turns.start()
@@ -363,6 +366,17 @@ def trainer(job: Job, turns: Turns) -> float:
         callbacks=[Held()],
     )
     return float(run.train().training_loss)
+
+
+def keep_ligers_loss_from_compile() -> None:
+    """Let torch.compile call Liger's fused loss as it is, and compile the rest of the model.
+
+    torch 2.11 cannot trace it (``addmm`` with ``out_dtype``), so that Trainer would not start.
+    """
+    from liger_kernel.transformers import functional
+
+    loss = functional.liger_fused_linear_cross_entropy
+    functional.liger_fused_linear_cross_entropy = torch.compiler.disable(loss)
 
 
 class InOrder(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import ANY
 
@@ -19,6 +20,7 @@ import torch
 from mini_llm.bench import __main__ as bench
 from mini_llm.bench import step
 from mini_llm.bench.data import _packed
+from mini_llm.bench.loops import keep_ligers_loss_from_compile
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
 from mini_llm.bench.names import PARTS, PEERS
 from mini_llm.bench.step import made_up_rows
@@ -217,6 +219,30 @@ def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast_and_waits_for_no
     waits = {name: of["host_syncs"] for name, of in found["loops"].items()}
     assert waits.pop(PEERS["accelerate"]) > 0
     assert waits == {f"recipe, engine {name}": 0 for name in engines[1:]}
+
+
+def test_ligers_loss_is_no_part_of_the_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return hidden.sum()
+
+    functional = ModuleType("functional")
+    functional.liger_fused_linear_cross_entropy = loss  # type: ignore[attr-defined]
+    package = ModuleType("transformers")
+    package.functional = functional  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    keep_ligers_loss_from_compile()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = functional.liger_fused_linear_cross_entropy(x * 2)
+        return found
+
+    compiled = torch.compile(model, backend="eager")
+    assert compiled(torch.ones(2)) == 4
+    assert traced == [False]
 
 
 def _calls_of_a_step(source: str, function: str) -> list[str]:
