@@ -113,10 +113,13 @@ def list_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
 def files_below(folder: Path) -> list[Path]:
     """Return the files below a folder, also where a link leads to a folder elsewhere, sorted.
 
-    Raises ValueError for a folder that cannot be read: its files would be missing unseen.
+    Raises ValueError for a folder that cannot be read: its files would be missing unseen. Of one
+    that does not exist there are none.
     """
 
     def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            return
         why = error.strerror or str(error)
         raise ValueError(f"{error.filename} cannot be read: {why}; allow it, or name what to take")
 
