@@ -70,7 +70,7 @@ class _CopiedNumbers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.where, torch.Tensor.where):
-            if any(isinstance(arg, (int, float)) for arg in args):
+            if any(isinstance(arg, (int, float)) for arg in (*args, *(kwargs or {}).values())):
                 self._found["where"] += 1
         elif func is torch.Tensor.__setitem__:
             _, index, value = args

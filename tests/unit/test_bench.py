@@ -23,6 +23,7 @@ from mini_llm.bench.data import _packed
 from mini_llm.bench.loops import keep_ligers_loss_from_compile
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
 from mini_llm.bench.names import PARTS, PEERS
+from mini_llm.bench.operators import Operators
 from mini_llm.bench.step import made_up_rows
 from tests.launching import REPOSITORY
 from tests.unit.prepare_fixtures import write_shards
@@ -219,6 +220,22 @@ def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast_and_waits_for_no
     waits = {name: of["host_syncs"] for name, of in found["loops"].items()}
     assert waits.pop(PEERS["accelerate"]) > 0
     assert waits == {f"recipe, engine {name}": 0 for name in engines[1:]}
+
+
+def test_numbers_that_a_gpu_would_wait_for_are_counted_and_others_are_not() -> None:
+    x, positive = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with Operators() as count:
+        x[0] = 1.0
+        x[0, 1] = 2
+        torch.where(positive, x, -1.0)
+        x.where(positive, other=0)
+    assert count.synchronisations == {"setitem": 2, "where": 2}
+    with Operators() as count:  # kernels take these numbers along, or all is on the device
+        x[:1] = 1.0
+        x[0] = x[1]
+        torch.where(positive, x, x)
+        x.masked_fill(positive, -1.0)
+    assert not count.synchronisations
 
 
 def test_ligers_loss_is_no_part_of_the_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
