@@ -1,8 +1,10 @@
-"""Attention over packed rows on the CPU: the per-document path against a dense mask.
+"""Attention over packed rows: the way of `sdpa` in these models against a dense mask.
 
 The same question at three sizes, each forward and backward: attention alone (query, key and value
 are there), one attention layer of a preset with its projections, and a whole small model. The dense
-side is torch's fused attention with a boolean block-diagonal mask, as transformers calls it.
+side is torch's fused attention with a boolean block-diagonal mask, as transformers calls it. On a
+CPU the packed side is one fused call a document; on a GPU one variable-length kernel, which takes
+half precision alone, so that there is no fp32 there.
 """
 
 from __future__ import annotations
@@ -20,10 +22,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..models import build_model, list_models
-from ..models.common.attention import attend
+from ..device import choose_device
+from ..models import build_model, list_models, preset_config
+from ..models.common.attention import (
+    attend,
+    has_varlen_kernel,
+    prepare_attention_within,
+)
 from ..models.common.documents import Documents
-from .measure import interleaved, machine, markdown_table, median_and_range, peak_memory
+from .measure import (
+    device_name,
+    interleaved,
+    machine,
+    markdown_table,
+    median_and_range,
+    peak_memory,
+)
 
 # sdpa under another name. The models have a per-document path for "sdpa" only: under this name they
 # build a block-diagonal mask, as for every implementation that they do not know.
@@ -50,35 +64,56 @@ class Comparison:
     dense: Callable[[Documents], dict[str, Any]]
 
 
-def run(seq_len: int, documents: int, seed: int, repeats: int) -> dict[str, Any]:
+def run(
+    seq_len: int, documents: int, seed: int, repeats: int, *, rows: int = 1, device: str = "cpu"
+) -> dict[str, Any]:
     """Measure, print each figure when it is there, and return them all.
 
-    Each timed call takes the next of `repeats` rows, so that the medians are over rows too. Raises
-    ValueError where there are more documents than tokens.
+    Each timed call takes the next of `repeats` batches, so that the medians are over where the
+    documents end too. On a CPU in fp32 and bf16, by CPU time; on a GPU in bf16, by the clock.
+
+    Raises ValueError where there are more documents than tokens, for a device that cannot compute
+    and for a GPU without the variable-length kernel.
     """
     if not 0 < documents <= seq_len:
         raise ValueError(f"--documents: {documents} is not between 1 and --seq_len {seq_len}")
+    place = choose_device(device)
+    cuda = place.type == "cuda"
+    dtypes = ["bf16"] if cuda else list(DTYPES)
+    half = torch.empty(0, dtype=torch.bfloat16, device=place)
+    if cuda and not has_varlen_kernel(preset_config(WHOLE_MODEL), half):
+        raise ValueError(
+            f"--device: {device_name(place)} has no variable-length attention kernel (it needs "
+            "compute capability 8.0), so its packed rows take the dense mask too; give cpu"
+        )
     torch.manual_seed(seed)
-    rows = [random_row(seq_len, documents) for _ in range(repeats)]
-    share = statistics.median(sum(n * n for n in row.lengths) / seq_len**2 for row in rows)
+    batches = [random_batch(rows, seq_len, documents) for _ in range(repeats)]
+    squares = rows * seq_len**2
+    share = statistics.median(sum(n * n for n in batch.lengths) / squares for batch in batches)
+    compared = "clock" if cuda else "CPU time"
     print(
-        f"rows of {seq_len} tokens in {documents} documents, whose blocks are {share:.3f} of the "
-        "square (median); packed ÷ dense, CPU time of forward and backward"
+        f"batches of {rows} x {seq_len} tokens, {documents} documents a row, whose blocks are "
+        f"{share:.3f} of the square (median); packed ÷ dense, {compared} of forward and backward"
     )
     comparisons: dict[str, Any] = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for preset in list_models():
             if preset.endswith("_tiny"):
                 continue
-            model = _build(preset, dtype, seq_len, vocab_size=64, num_hidden_layers=4)
+            model = _build(preset, dtype, seq_len, place, vocab_size=64, num_hidden_layers=4)
             for size, of in (("attention", attention_alone), ("layer", attention_layer)):
                 name = f"{preset} {size} {dtype}"
-                comparisons[name] = _compare(name, of(model, rows[0]), rows, TOLERANCE[dtype])
+                comparison = of(model, batches[0], rows)
+                comparisons[name] = _compare(name, comparison, batches, dtype, place)
         name = f"{WHOLE_MODEL} {dtype}"
-        model = _build(WHOLE_MODEL, dtype, seq_len)
-        comparisons[name] = _compare(name, whole_model(model, rows[0]), rows, TOLERANCE[dtype])
+        model = _build(WHOLE_MODEL, dtype, seq_len, place)
+        comparison = whole_model(model, batches[0], rows)
+        comparisons[name] = _compare(name, comparison, batches, dtype, place)
     return {
         **machine("torch", "transformers"),
+        "device": device_name(place),
+        "compared": compared,
+        "rows": rows,
         "seq_len": seq_len,
         "documents": documents,
         "seed": seed,
@@ -94,38 +129,43 @@ def markdown(figures: dict[str, Any]) -> str:
         [
             name,
             f"{of['ratio']:.3f}",
-            f"{of['packed_ms']:.0f} / {of['dense_ms']:.0f}",
+            f"{of['packed_ms']:.3g} / {of['dense_ms']:.3g}",
             f"{of['packed_peak_mib']:.1f} / {of['dense_peak_mib']:.1f}",
         ]
         for name, of in figures.items()
         if isinstance(of, dict)
     ]
     return (
-        f"Packed ÷ dense, CPU time of forward and backward of a row of {figures['seq_len']} tokens "
-        f"in {figures['documents']} documents, medians of {figures['repeats']} rows\n\n"
+        f"Packed ÷ dense, {figures['compared']} of forward and backward of {figures['rows']} x "
+        f"{figures['seq_len']} tokens, {figures['documents']} documents a row, medians of "
+        f"{figures['repeats']} batches; {figures['device']}\n\n"
         + markdown_table(["what", "packed ÷ dense", "ms", "peak MiB"], rows)
     )
 
 
-def random_row(seq_len: int, documents: int) -> Documents:
-    """A full row, cut into documents at places drawn from torch's global generator."""
-    cuts = (torch.randperm(seq_len - 1)[: documents - 1] + 1).sort().values.tolist()
-    bounds = zip([0, *cuts], [*cuts, seq_len], strict=True)
-    return Documents(tuple(end - start for start, end in bounds))
+def random_batch(rows: int, seq_len: int, documents: int) -> Documents:
+    """Full rows, each cut into documents at places drawn from torch's global generator."""
+    lengths: list[int] = []
+    for _ in range(rows):
+        cuts = (torch.randperm(seq_len - 1)[: documents - 1] + 1).sort().values.tolist()
+        bounds = zip([0, *cuts], [*cuts, seq_len], strict=True)
+        lengths += [end - start for start, end in bounds]
+    return Documents(tuple(lengths))
 
 
-def position_ids(row: Documents) -> torch.Tensor:
-    """(1, T) positions that begin again at 0 with each document."""
-    return torch.cat([torch.arange(length) for length in row.lengths]).unsqueeze(0)
+def position_ids(batch: Documents, rows: int) -> torch.Tensor:
+    """(B, T) positions that begin again at 0 with each document."""
+    return torch.cat([torch.arange(length) for length in batch.lengths]).view(rows, -1)
 
 
-def block_diagonal_mask(row: Documents) -> torch.Tensor:
-    """(1, 1, T, T) bool, True where a token is seen: no later one, and of the same document."""
-    ids = torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths))
-    return (ids[:, None] == ids).tril()[None, None]
+def block_diagonal_mask(batch: Documents, rows: int) -> torch.Tensor:
+    """(B, 1, T, T) bool, True where a token is seen: no later one, and of the same document."""
+    numbers = torch.arange(len(batch.lengths))
+    ids = torch.repeat_interleave(numbers, torch.tensor(batch.lengths)).view(rows, -1)
+    return (ids[:, :, None] == ids[:, None]).tril()[:, None]
 
 
-def attention_alone(model: PreTrainedModel, row: Documents) -> Comparison:
+def attention_alone(model: PreTrainedModel, batch: Documents, rows: int) -> Comparison:
     """Attention over the query, key and value that a layer makes of random hidden states."""
     layer = _attention_of(model)
     inputs: list[torch.Tensor] = []
@@ -136,7 +176,8 @@ def attention_alone(model: PreTrainedModel, row: Documents) -> Comparison:
 
     ALL_ATTENTION_FUNCTIONS["record"] = record
     model.config._attn_implementation = "record"
-    layer(*_layer_inputs(model, row), attention_mask=None)
+    hidden, rotary = _layer_inputs(model, batch, rows)
+    layer(hidden, rotary, attention_mask=None)
     model.config._attn_implementation = "sdpa"
     scaling: Any = layer.scaling
     grad = torch.randn_like(inputs[0]).transpose(1, 2)
@@ -149,13 +190,13 @@ def attention_alone(model: PreTrainedModel, row: Documents) -> Comparison:
             x.grad = None
         return output.detach()
 
-    return Comparison(call, _documents_argument, _mask_argument)
+    return _of_one_layer(call, model, hidden)
 
 
-def attention_layer(model: PreTrainedModel, row: Documents) -> Comparison:
+def attention_layer(model: PreTrainedModel, batch: Documents, rows: int) -> Comparison:
     """One attention layer with its projections."""
     layer = _attention_of(model)
-    hidden, rotary = _layer_inputs(model, row)
+    hidden, rotary = _layer_inputs(model, batch, rows)
     grad = torch.randn_like(hidden)
 
     def call(**how: Any) -> torch.Tensor:
@@ -165,12 +206,13 @@ def attention_layer(model: PreTrainedModel, row: Documents) -> Comparison:
         layer.zero_grad()
         return output.detach()
 
-    return Comparison(call, _documents_argument, _mask_argument)
+    return _of_one_layer(call, model, hidden)
 
 
-def whole_model(model: PreTrainedModel, row: Documents) -> Comparison:
+def whole_model(model: PreTrainedModel, batch: Documents, rows: int) -> Comparison:
     """A training step without the optimizer; how documents are kept apart is found out in it."""
-    tokens = torch.randint(model.config.vocab_size, (1, sum(row.lengths)))
+    size = rows, sum(batch.lengths) // rows
+    tokens = torch.randint(model.config.vocab_size, size, device=model.device)
 
     def call(positions: torch.Tensor, implementation: str) -> torch.Tensor:
         model.config._attn_implementation = implementation
@@ -179,39 +221,56 @@ def whole_model(model: PreTrainedModel, row: Documents) -> Comparison:
         model.zero_grad()
         return loss.detach()
 
-    return Comparison(
-        call,
-        lambda row: {"positions": position_ids(row), "implementation": "sdpa"},
-        lambda row: {"positions": position_ids(row), "implementation": DENSE},
-    )
+    def by(implementation: str) -> Callable[[Documents], dict[str, Any]]:
+        return lambda batch: {
+            "positions": position_ids(batch, rows).to(model.device),
+            "implementation": implementation,
+        }
+
+    return Comparison(call, by("sdpa"), by(DENSE))
 
 
-def _documents_argument(row: Documents) -> dict[str, Any]:
-    return {"attention_mask": None, "documents": row}
+def _of_one_layer(
+    call: Callable[..., torch.Tensor], model: PreTrainedModel, hidden: torch.Tensor
+) -> Comparison:
+    """The packed way as the model chooses it for ``hidden`` (B, T, D), and the mask."""
+
+    def packed(batch: Documents) -> dict[str, Any]:
+        mask, how = prepare_attention_within(batch, model.config, hidden, None, None, None)
+        return {"attention_mask": mask, **how}
+
+    def dense(batch: Documents) -> dict[str, Any]:
+        return {"attention_mask": block_diagonal_mask(batch, len(hidden)).to(hidden.device)}
+
+    return Comparison(call, packed, dense)
 
 
-def _mask_argument(row: Documents) -> dict[str, Any]:
-    return {"attention_mask": block_diagonal_mask(row)}
-
-
-def _build(preset: str, dtype: str, seq_len: int, **overrides: Any) -> PreTrainedModel:
+def _build(
+    preset: str, dtype: str, seq_len: int, device: torch.device, **overrides: Any
+) -> PreTrainedModel:
     model = build_model(preset, max_position_embeddings=seq_len, **overrides)
     model.config._attn_implementation = "sdpa"
-    return model.to(DTYPES[dtype]).train()
+    return model.to(device, DTYPES[dtype]).train()
 
 
 def _attention_of(model: PreTrainedModel) -> nn.Module:
     return next(module for module in model.modules() if hasattr(module, "num_key_value_groups"))
 
 
-def _layer_inputs(model: PreTrainedModel, row: Documents) -> tuple[torch.Tensor, Any]:
-    """Hidden states (1, T, D) that want a gradient, and cos and sin of their positions."""
-    hidden = torch.randn(1, sum(row.lengths), model.config.hidden_size, dtype=model.dtype)
-    return hidden.requires_grad_(), model.model.rotary_emb(hidden, position_ids(row))
+def _layer_inputs(model: PreTrainedModel, batch: Documents, rows: int) -> tuple[torch.Tensor, Any]:
+    """Hidden states (B, T, D) that want a gradient, and cos and sin of their positions."""
+    positions = position_ids(batch, rows).to(model.device)
+    size = *positions.shape, model.config.hidden_size
+    hidden = torch.randn(size, dtype=model.dtype, device=model.device)
+    return hidden.requires_grad_(), model.model.rotary_emb(hidden, positions)
 
 
 def _compare(
-    name: str, comparison: Comparison, rows: list[Documents], tolerance: float
+    name: str,
+    comparison: Comparison,
+    batches: list[Documents],
+    dtype: str,
+    device: torch.device,
 ) -> dict[str, float]:
     """Time both ways in turns and take their peak memory; print a line.
 
@@ -219,24 +278,28 @@ def _compare(
     as memory.
     """
     call, ways = comparison.call, {"packed": comparison.packed, "dense": comparison.dense}
-    packed, dense = (call(**how(rows[0])).float() for how in ways.values())
-    if (packed - dense).abs().max() > tolerance * dense.abs().max():
+    packed, dense = (call(**how(batches[0])).float() for how in ways.values())
+    if (packed - dense).abs().max() > TOLERANCE[dtype] * dense.abs().max():
         raise RuntimeError(f"{name}: the two ways' results differ: a mistake of this program")
 
     def in_turn(how: Callable[[Documents], dict[str, Any]]) -> Callable[[], torch.Tensor]:
-        arguments = cycle([how(row) for row in rows])
+        arguments = cycle([how(batch) for batch in batches])
         return lambda: call(**next(arguments))
 
-    taken = interleaved({way: in_turn(how) for way, how in ways.items()}, len(rows))
-    seconds = {way: of["cpu"] for way, of in taken.items()}
+    turns = {way: in_turn(how) for way, how in ways.items()}
+    taken = interleaved(turns, len(batches), device)
+    clock = "clock" if device.type == "cuda" else "cpu"
+    seconds = {way: of[clock] for way, of in taken.items()}
     ratios = [a / b for a, b in zip(seconds["packed"], seconds["dense"], strict=True)]
     figures = {"ratio": statistics.median(ratios)}
     for way, how in ways.items():
         figures[f"{way}_ms"] = statistics.median(seconds[way]) * 1e3
-        figures[f"{way}_peak_mib"] = peak_memory(lambda how=how: call(**how(rows[0]))) / MIB  # type: ignore[misc]
+        figures[f"{way}_peak_mib"] = (
+            peak_memory(lambda how=how: call(**how(batches[0])), device) / MIB  # type: ignore[misc]
+        )
     print(
-        f"{name}: {median_and_range(ratios)}; {figures['packed_ms']:.0f} and "
-        f"{figures['dense_ms']:.0f} ms; peak memory {figures['packed_peak_mib']:.1f} and "
+        f"{name}: {median_and_range(ratios)}; {figures['packed_ms']:.3g} and "
+        f"{figures['dense_ms']:.3g} ms; peak memory {figures['packed_peak_mib']:.1f} and "
         f"{figures['dense_peak_mib']:.1f} MiB",
         flush=True,
     )

@@ -7,6 +7,7 @@ for is the disk.
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -20,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data import load_tokenizer
 from ..data.tokenizer import DEFAULT_TOKENIZER
+from ..device import choose_device
 from ..models import build_model
 from ..parallel import engine
 from ..parallel.environment import prepare_environment
@@ -39,11 +41,14 @@ def run(
     rows: int,
     seq_len: int,
     repeats: int,
+    device: str,
 ) -> dict[str, Any]:
     """Measure `repeats` saves, the steps while each is written and as many without.
 
-    Prints the table and returns the figures.
+    Prints the table and returns the figures. Raises ValueError for a device that cannot compute.
     """
+    if choose_device(device).type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the engine takes a GPU where it sees one
     prepare_environment()
     config = "none" if engine_name == "none" else str(REPOSITORY / f"ds_configs/{engine_name}.json")
     accelerator = engine.build_accelerator(config, micro_batch_size=rows, bf16=precision == "bf16")

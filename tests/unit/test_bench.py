@@ -130,6 +130,7 @@ def test_peak_memory_is_what_was_held_at_once_and_not_what_was_there_before() ->
 
 
 ATTENTION_FLAGS = ["attention", "--seq_len", "64", "--documents", "3", "--repeats", "2"]
+ATTENTION_FLAGS += ["--rows", "2", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -149,7 +150,8 @@ def test_attention_figures_are_of_equal_results_at_three_sizes(
         assert name in printed
         assert min(figures[name].values()) > 0
     attention = figures["mini_llama3 attention fp32"]
-    query, key_and_value = 64 * 12 * 64 * 4, 2 * 64 * 4 * 64 * 4  # bytes; so much for gradients
+    # Bytes of two rows; so much for gradients.
+    query, key_and_value = 2 * 64 * 12 * 64 * 4, 2 * 2 * 64 * 4 * 64 * 4
     assert attention["packed_peak_mib"] * 2**20 > query + key_and_value
     assert 1 / 3 <= figures["blocks_of_square"] < 1
 
@@ -159,7 +161,7 @@ def test_a_mask_that_leaks_between_documents_is_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     causal = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
-    monkeypatch.setattr("mini_llm.bench.attention.block_diagonal_mask", lambda row: causal)
+    monkeypatch.setattr("mini_llm.bench.attention.block_diagonal_mask", lambda *_: causal)
     with pytest.raises(RuntimeError, match="mini_llama3 attention fp32: the two ways' results"):
         bench.main(ATTENTION_FLAGS)
 
@@ -395,6 +397,7 @@ def test_all_writes_the_figures_of_each_of_its_commands(
         bench.build_parser().parse_args(command)  # SystemExit if it were mistyped
     for command in on_a_gpu:
         args = bench.build_parser().parse_args(command)
+        assert args.what == "traffic" or args.device == "cuda"
         if args.what in ("step", "recipes"):
             assert args.rows * args.micro_batches * args.seq_len == 65_536
             assert args.what == "recipes" or {"trainer", "trainer_compile"} < set(args.peers)
@@ -435,7 +438,10 @@ def test_all_writes_the_figures_of_each_of_its_commands(
         *(
             []
             if torch.cuda.is_available()
-            else [(["step", "--device", "cuda"], "--device: cuda cannot be used here")]
+            else [
+                ([part, "--device", "cuda"], "--device: cuda cannot be used here")
+                for part in ("step", "attention", "checkpoint")
+            ]
         ),
     ],
 )
