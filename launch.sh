@@ -139,12 +139,14 @@ require_disk() { # require_disk GB WHAT: stop unless the disk of the environment
 gpus_seen() { # one line "name, driver version" per NVIDIA GPU that may be used; nothing without one
   [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" && "${CUDA_VISIBLE_DEVICES-unset}" != "-1" ]] || return 0
   command -v nvidia-smi >/dev/null || return 0
-  local answer
-  if answer="$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)"; then
-    echo "$answer"
-  else
-    note "nvidia-smi is installed but finds no working GPU or driver: ${answer%%$'\n'*}"
-  fi
+  local answer status=0
+  answer="$(timeout 60 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)" ||
+    status=$?
+  case $status in
+    0) echo "$answer" ;;
+    124) note "nvidia-smi is installed but did not answer within 60 s: the driver or a GPU hangs" ;;
+    *) note "nvidia-smi is installed but finds no working GPU or driver: ${answer%%$'\n'*}" ;;
+  esac
 }
 
 installed_torch() { # installed_torch __version__|cuda: of the environment's torch; empty without one

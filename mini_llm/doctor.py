@@ -27,6 +27,7 @@ from packaging.version import Version
 
 from .command_line import Parser
 from .finding import Finding
+from .nvidia import DriverError, ask_driver
 from .parallel.environment import clear_stale_build_locks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,22 +81,17 @@ def check_versions() -> Iterator[Finding]:
             yield Finding("ok", name, installed)
 
 
-def driver_gpus() -> list[str]:
-    """`name, memory, driver version` of each GPU that the NVIDIA driver reports."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines() if answer.returncode == 0 else []
-
-
 def check_devices() -> Iterator[Finding]:
     """The GPUs that torch can use, and those that it cannot use though the driver sees them."""
     import torch
 
     cuda = torch.version.cuda
     build = f"torch {torch.__version__} ({f'CUDA {cuda}' if cuda else 'CPU'} build)"
-    gpus = driver_gpus()
+    gpus: list[str] = []
+    try:
+        gpus = ask_driver("name", "memory.total", "driver_version")
+    except DriverError as error:
+        yield Finding("note", "GPU driver", str(error))
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(usable):
         gpu = torch.cuda.get_device_properties(index)

@@ -3,10 +3,10 @@
 import importlib.util
 import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from ..nvidia import DriverError, ask_driver
 
 
 def gpu_count() -> int:
@@ -14,7 +14,11 @@ def gpu_count() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return 0
-    seen = _driver_gpus()
+    try:
+        seen = len(ask_driver("name"))
+    except DriverError as error:
+        _note(str(error))
+        return 0
     if seen == 0:
         return 0
     if torch_build("cuda") is None:
@@ -24,18 +28,6 @@ def gpu_count() -> int:
         )
         return 0
     return sum(1 for word in visible.split(",") if word.strip()) if visible else seen
-
-
-def _driver_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        said = (answer.stdout + answer.stderr).strip().partition("\n")[0]
-        _note(f"nvidia-smi is installed but finds no working GPU or driver: {said}")
-        return 0
-    return len(answer.stdout.splitlines())
 
 
 def torch_build(kind: str) -> str | None:

@@ -30,7 +30,7 @@ prepare_environment()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from mini_llm.doctor import driver_gpus  # noqa: E402
+from mini_llm.nvidia import DriverError, ask_driver  # noqa: E402
 from mini_llm.parallel import watchdog  # noqa: E402
 from mini_llm.training.run_folder import versions  # noqa: E402
 
@@ -143,8 +143,11 @@ def rank_facts() -> dict[str, str]:
     found["NCCL"] = found["driver"] = found["GPU"] = NONE
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(str(part) for part in torch.cuda.nccl.version())
-        gpus = driver_gpus()
-        found["driver"] = gpus[0].rpartition(", ")[2] if gpus else "unknown (no nvidia-smi)"
+        try:
+            drivers = ask_driver("driver_version")
+        except DriverError as error:
+            drivers = [f"unknown ({error})"]
+        found["driver"] = drivers[0] if drivers else "unknown (no nvidia-smi)"
         found["GPU"] = torch.cuda.get_device_name()
     return found
 

@@ -504,7 +504,7 @@ def test_a_number_of_threads_that_is_none_is_not_taken(
 def test_processes_are_as_many_as_the_visible_gpus(
     monkeypatch: pytest.MonkeyPatch, visible: str, count: int
 ) -> None:
-    monkeypatch.setattr(devices, "_driver_gpus", lambda: 8)
+    monkeypatch.setattr(devices, "ask_driver", lambda *_: ["a GPU"] * 8)
     monkeypatch.setattr(devices, "torch_build", lambda kind: "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices.gpu_count() == count
