@@ -50,10 +50,18 @@ class MetricsLog:
         write_whole(self.path, "".join(kept))
 
     def rewind(self, step: int) -> None:
-        """The run goes on from ``step``: drop what was logged after it."""
+        """The run goes on from ``step``: drop what was logged after it, by TensorBoard too.
+
+        W&B keeps it; its curves go on from there with ``step`` as their axis.
+        """
         if not self.accelerator.is_main_process:
             return
         self._cut_after(step)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                # Begins another file, as a resumed run does, whose first event says so.
+                tracker.writer.close()
+                tracker.writer.purge_step = step + 1
         if self.progress is not None:
             self.progress.n = step
             self.progress.refresh()

@@ -221,9 +221,15 @@ def test_a_disk_without_file_locks_is_named_with_its_flag(tmp_path, monkeypatch)
         RunLock(tmp_path / "run").take(0)
 
 
-def test_the_curve_of_a_run_that_was_killed_before_its_first_save_is_dropped(tmp_path):
+def tensorboard_curve(output_dir, name="train/loss"):
+    """(step, value) of each point that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    board = EventAccumulator(str(output_dir / "logs/mini-llm")).Reload()
+    return [(point.step, point.value) for point in board.Scalars(name)]
+
+
+def test_the_curve_of_a_run_that_was_killed_before_its_first_save_is_dropped(tmp_path):
     args = PretrainArguments(str(tmp_path), "m", "t", report_to="tensorboard")
     for values in ([1.0, 2.0, 3.0], [4.0, 5.0]):
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs")
@@ -231,5 +237,21 @@ def test_the_curve_of_a_run_that_was_killed_before_its_first_save_is_dropped(tmp
         for step, value in enumerate(values, start=1):
             accelerator.log({"train/loss": value}, step=step)
         accelerator.end_training()
-    curve = EventAccumulator(str(tmp_path / "logs/mini-llm")).Reload().Scalars("train/loss")
-    assert [(point.step, point.value) for point in curve] == [(1, 4.0), (2, 5.0)]
+    assert tensorboard_curve(tmp_path) == [(1, 4.0), (2, 5.0)]
+
+
+def test_what_a_rewind_undoes_is_in_neither_metrics_jsonl_nor_tensorboard(tmp_path):
+    args = PretrainArguments(str(tmp_path), "m", "t", report_to="tensorboard")
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs")
+    start_trackers(accelerator, args, start_step=0)
+    log = MetricsLog(tmp_path, accelerator, start_step=0, max_steps=9)
+    for last, value in ((5, 1.0), (4, 2.0), (3, 3.0)):
+        for step in range(3 if value > 1 else 1, last + 1):
+            log.write(step, {"eval/a/loss": value, "eval/a/bits_per_byte": value})
+        if last > 3:
+            log.rewind(2)
+    accelerator.end_training()
+    expected = [(1, 1.0), (2, 1.0), (3, 3.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["eval/a/loss"]) for line in lines] == expected
+    assert tensorboard_curve(tmp_path, "eval/a/loss") == expected
