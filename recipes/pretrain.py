@@ -57,6 +57,7 @@ from mini_llm.models import (
     is_checkpoint,
     load_model,
 )
+from mini_llm.models.common.attention import check_attention
 from mini_llm.parallel import engine
 from mini_llm.parallel.agreement import check_ranks_agree
 from mini_llm.parallel.compile import compile_layers, wants_compile
@@ -190,6 +191,7 @@ def main(args: PretrainArguments) -> None:
     else:
         model = build_model(args.model, **config_overrides)
     try:
+        check_attention(args.attn_implementation, accelerator.device, bf16=args.bf16)
         model.set_attn_implementation(args.attn_implementation)
     except (ValueError, ImportError) as error:
         stop(f"--attn_implementation {args.attn_implementation}: {error}")
@@ -291,12 +293,19 @@ def main(args: PretrainArguments) -> None:
     # ---- Loop: one iteration is one optimizer step -----------------------------------------------
     model.train()
     held = HeldBytes(model, optimizer)
-    profiler = StepProfiler(args.profile_steps, output_dir, accelerator.device)
+    profiler = StepProfiler(
+        args.profile_steps,
+        output_dir,
+        accelerator.device,
+        start_step=start_step,
+        last_step=last_step,
+    )
     evaluated_at = 0
     step = start_step
     while step < last_step:
         step += 1
-        profiler.begin_step(step)
+        if profiler.begin_step(step):
+            timer.restart()
         if wire is not None:
             wire.read()  # what evaluation sent is no part of a step
         timer.begin_step(is_logged=what_is_due(args, step, is_last=step == last_step).log)
@@ -375,6 +384,7 @@ def main(args: PretrainArguments) -> None:
         if fault is not None:
             log.say(f"{fault} (--bad_step_policy {args.bad_step_policy})")
             if args.bad_step_policy != "skip":
+                profiler.close()
                 saving.wait()  # the newest checkpoint, if it is still being written
             if args.bad_step_policy == "stop":
                 raise RuntimeError(f"{fault}; see --bad_step_policy")

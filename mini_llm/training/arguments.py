@@ -421,16 +421,19 @@ def steps_of_epochs(args: SftArguments, rows_per_epoch: int | None) -> int:
 def profiled_steps(text: str) -> tuple[int, int]:
     """First and last step of ``--profile_steps``. Raises ValueError naming the flag."""
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(
             f"--profile_steps {text}: give the first and the last optimizer step to profile, "
-            "counted from 1, as 10:12"
+            'counted from 1, as 10:12 (in a YAML file in quotes, "10:12": else that is a time)'
         )
     return int(first), int(last)
 
 
-def check_arguments(args: RunArguments, world_size: int) -> None:
-    """Refuse values that cannot train, before anything is built. Raises ValueError."""
+def check_arguments(args: RunArguments, world_size: int, *, steps_known: bool = True) -> None:
+    """Refuse values that cannot train, before anything is built. Raises ValueError.
+
+    ``steps_known`` False: ``max_steps`` is not yet that of the run (``--num_train_epochs``).
+    """
     if not args.output_dir:  # an unset variable of the shell; Path("") is the current folder
         raise ValueError("--output_dir is empty; give the folder of the run")
     positive = ("seq_len", "max_steps", "per_device_train_batch_size", "logging_steps")
@@ -500,11 +503,12 @@ def check_arguments(args: RunArguments, world_size: int) -> None:
         raise ValueError(
             "--decay_steps belongs to --lr_scheduler_type wsd; leave it out or choose that"
         )
-    if args.decay < 0 or (args.lr_scheduler_type == "wsd" and args.decay > args.max_steps):
+    last_step = args.max_steps if steps_known else sys.maxsize
+    if args.decay < 0 or (args.lr_scheduler_type == "wsd" and args.decay > last_step):
         raise ValueError(f"--decay_steps is {args.decay}; it must lie in 0..{args.max_steps}")
     if args.profile_steps is not None:
         _, last = profiled_steps(args.profile_steps)
-        if last > args.max_steps:
+        if last > last_step:
             raise ValueError(
                 f"--profile_steps {args.profile_steps} ends after --max_steps {args.max_steps}; "
                 "give steps that the run takes"

@@ -6,11 +6,16 @@ Every rank writes into ``output_dir/profile/rank-<r>/``:
 - ``memory.pickle``, on a CUDA device only: each block that torch's allocator gave out in those
   steps, with the stack that asked for it, for https://docs.pytorch.org/memory_viz. Blocks of a CPU
   are in the trace (torch records no snapshot of them).
+
+A run that fails in those steps, out of memory for one, writes what it has recorded first.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +30,73 @@ MOST_MEMORY_EVENTS = 1_000_000
 
 
 class StepProfiler:
-    """Profiles this rank's steps ``first`` to ``last`` of a run; with ``steps`` None, nothing."""
+    """Profiles, once, this rank's steps ``first`` to ``last``; with ``steps`` None, nothing.
 
-    def __init__(self, steps: str | None, output_dir: Path, device: torch.device) -> None:
+    Of these, those that lie in the run, which makes the steps from ``start_step`` + 1 to
+    ``last_step``. That nothing is left of them is said (rank 0).
+    """
+
+    def __init__(
+        self,
+        steps: str | None,
+        output_dir: Path,
+        device: torch.device,
+        *,
+        start_step: int,
+        last_step: int,
+    ) -> None:
         self.first, self.last = profiled_steps(steps) if steps else (0, 0)
         self.folder = output_dir / "profile" / f"rank-{rank()}"
         self.on_gpu = device.type == "cuda"
         self._profile: Any = None
+        self._recorded = (0, 0)  # the first step, and the last that has begun
+        self._is_done = steps is None
+        if steps and (self.last <= start_step or self.first > last_step):
+            _say(
+                f"--profile_steps {steps}: nothing is profiled, for the run goes from step "
+                f"{start_step + 1} to {last_step}"
+            )
 
-    def begin_step(self, step: int) -> None:
-        """Optimizer step ``step`` comes now."""
-        if step > self.last:
+    def begin_step(self, step: int) -> bool:
+        """Optimizer step ``step`` comes now; whether time went by that is none of its own."""
+        is_wanted = self.first <= step <= self.last
+        if self._profile is not None and not is_wanted:
             self.close()
-        if step == self.first and self._profile is None:
+            return True
+        if self._profile is None and is_wanted and not self._is_done:
             self._start()
+            self._recorded = (step, step)
+            return True
+        if self._profile is not None:
+            self._recorded = (self._recorded[0], step)
+        return False
 
     def close(self) -> None:
-        """Write what was recorded, if anything, and say where (rank 0)."""
+        """Write what was recorded, if anything, and say where (rank 0).
+
+        A profile that cannot be written is said too; it is no reason to end the run.
+        """
         if self._profile is None:
             return
         beat("writing the profile")
-        self._profile.__exit__(None, None, None)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        self._profile = None
+        profile, self._profile, self._is_done = self._profile, None, True
+        sys.excepthook = self._report_failure
+        profile.__exit__(None, None, None)
         what = "trace (no memory snapshot: torch makes them on CUDA devices only)"
-        if self.on_gpu:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            what = "trace and memory snapshot"
-        if rank() == 0:
-            where = f"each rank's is in {self.folder.parent}"
-            print(f"profiled steps {self.first} to {self.last}: {what}; {where}", flush=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_trace(profile, self.folder / "trace.json.gz")
+            if self.on_gpu:
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+                what = "trace and memory snapshot"
+        except OSError as error:
+            print(f"the profile could not be written to {self.folder}: {error}", flush=True)
+            return
+        finally:
+            if self.on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        first, last = self._recorded
+        _say(f"profiled steps {first} to {last}: {what}; each rank's is in {self.folder.parent}")
 
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it notes each start on stderr
@@ -69,3 +109,40 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=MOST_MEMORY_EVENTS)
         self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
         self._profile.__enter__()
+        self._report_failure = sys.excepthook
+        sys.excepthook = self._write_and_report
+
+    def _write_and_report(self, *failure: Any) -> None:
+        report = self._report_failure
+        try:
+            self.close()
+        except Exception as error:  # of a broken device, say: what it comes from is reported next
+            print(f"the profile could not be written to {self.folder}: {error}", flush=True)
+        report(*failure)
+
+
+def _write_trace(profile: Any, path: Path) -> None:
+    """Write the trace, whole or not at all. Raises OSError.
+
+    torch itself would write a .gz by way of the system's temporary folder, and does not notice
+    where that is full.
+    """
+    plain, packed = path.with_suffix(""), path.with_suffix(".part")
+    try:
+        profile.export_chrome_trace(str(plain))
+        with plain.open("rb") as trace:
+            trace.seek(max(0, plain.stat().st_size - 16))
+            if not trace.read().rstrip().endswith(b"}"):
+                raise OSError("torch's profiler has left it incomplete; is the disk full?")
+            trace.seek(0)
+            with gzip.open(packed, "wb", compresslevel=6) as file:
+                shutil.copyfileobj(trace, file, 1 << 20)
+        packed.replace(path)
+    finally:
+        plain.unlink(missing_ok=True)
+        packed.unlink(missing_ok=True)
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)

@@ -181,6 +181,8 @@ def test_a_missing_required_argument_is_named(capsys, tmp_path):
         ({"mtp_loss_final_weight": -1.0}, "--mtp_loss_final_weight"),
         ({"profile_steps": "12"}, "--profile_steps 12: give the first and the last"),
         ({"profile_steps": "12:10"}, "--profile_steps 12:10: give the first and the last"),
+        ({"profile_steps": "²:3"}, "--profile_steps ²:3: give the first and the last"),
+        ({"profile_steps": "622"}, 'in a YAML file in quotes, "10:12"'),  # YAML's reading of 10:22
         ({"profile_steps": "10:900000"}, "ends after --max_steps"),
     ],
 )
@@ -189,6 +191,16 @@ def test_values_that_cannot_train_are_refused_by_flag(changes, expected):
     with pytest.raises(ValueError, match="--") as error:
         check_arguments(args, world_size=2)
     assert expected in str(error.value)
+
+
+def test_steps_of_a_run_whose_length_is_not_yet_known_are_judged_when_it_is():
+    flags = ("--profile_steps", "1200:1201", "--lr_scheduler_type", "wsd", "--decay_steps", "1100")
+    args = parse("--max_steps", "1000", *flags)
+    check_arguments(args, world_size=1, steps_known=False)
+    for steps, expected in ((1000, "--decay_steps is 1100"), (1200, "--profile_steps 1200:1201")):
+        with pytest.raises(ValueError, match=expected):
+            check_arguments(dataclasses.replace(args, max_steps=steps), world_size=1)
+    check_arguments(dataclasses.replace(args, max_steps=1201), world_size=1)
 
 
 def test_accumulation_is_derived_from_the_global_batch():
