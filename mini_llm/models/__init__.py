@@ -141,23 +141,38 @@ def mixing_flops_per_token(config: "PreTrainedConfig", seq_len: int) -> float:
 
 
 def kernels_in_use(
-    config: "PreTrainedConfig", *, device_type: str, half_precision: bool
+    config: "PreTrainedConfig", *, device_type: str, half_precision: bool, compiled: bool
 ) -> dict[str, str]:
-    """What computes the parts that have a choice, e.g. ``{"delta_rule": "fla"}``."""
+    """What computes the parts that have a choice, e.g. ``{"delta_rule": "fla"}``.
+
+    ``compiled``: the layers are.
+    """
+    import torch
+
+    from .common.attention import why_no_varlen_kernel
+    from .common.triton import missing_for_triton
+
+    packed, loss = "", "chunked linear cross-entropy"
+    if config._attn_implementation == "sdpa" and device_type == "cpu":
+        packed = " (packed rows: one call a document)"
+    elif config._attn_implementation == "sdpa":
+        dtype = torch.bfloat16 if half_precision else torch.float32
+        why_not = why_no_varlen_kernel(config, torch.device(device_type), dtype)
+        kernel = f"block-diagonal mask, for {why_not}" if why_not else "varlen_attn"
+        packed = f" (packed rows: {kernel})"
+    if device_type == "cuda":
+        missing = missing_for_triton()
+        loss += f", not compiled: that needs {missing}" if missing else ", compiled"
+    kernels = {"attention": f"{config._attn_implementation}{packed}", "loss": loss}
+    if getattr(config, "n_routed_experts", 0) or getattr(config, "num_experts", 0):
+        theirs = config._experts_implementation
+        if theirs is None and compiled and not half_precision:
+            theirs = "grouped_mm"  # see common/experts.py
+        kernels["experts"] = f"transformers' {theirs}" if theirs else "grouped_mm"
     architecture = import_module(ARCHITECTURES[config.model_type])
-    own: dict[str, str] = {}
     if hasattr(architecture, "kernels_in_use"):
-        own = architecture.kernels_in_use(half_precision=half_precision)
-    on_gpu = device_type == "cuda"
-    packed = ""
-    if config._attn_implementation == "sdpa":
-        on_cpu = "one call a document" if device_type == "cpu" else "block-diagonal mask"
-        packed = f" (packed rows: {'varlen_attn' if on_gpu and half_precision else on_cpu})"
-    return {
-        "attention": f"{config._attn_implementation}{packed}",
-        "loss": f"chunked linear cross-entropy{', compiled' if on_gpu else ''}",
-        **own,
-    }
+        kernels |= architecture.kernels_in_use(half_precision, device_type=device_type)
+    return kernels
 
 
 def is_checkpoint(model: str) -> bool:
@@ -225,6 +240,7 @@ def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
     overrides = overrides or {}
     if model in list_models():
         config = preset_config(model, **overrides)
+        _check_kernels(config.model_type)
         try:
             empty_model(config)
         except ValueError as error:
@@ -245,6 +261,7 @@ def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
                 f"--model: {model} holds model_type {model_type!r}; mini_llm trains "
                 f"{sorted(ARCHITECTURES)}"
             )
+        _check_kernels(str(model_type))
         changed = [name for name, value in overrides.items() if fields.get(name) != value]
         if changed:
             raise ValueError(
@@ -259,6 +276,13 @@ def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
         f"--model: {model!r} is neither a preset nor a folder with a config.json; {hint}"
         f"the presets are {', '.join(list_models())}"
     )
+
+
+def _check_kernels(model_type: str) -> None:
+    """Look for an architecture's optional kernels; raises ValueError for broken ones."""
+    architecture = import_module(ARCHITECTURES[model_type])
+    if hasattr(architecture, "kernels_in_use"):
+        architecture.kernels_in_use()
 
 
 def check_vocabulary(model: str, size: int) -> None:

@@ -38,8 +38,14 @@ def print_banner(
     """
     accumulation = args.gradient_accumulation_steps(accelerator.num_processes)
     config = accelerator.unwrap_model(model).config
-    kernels = kernels_in_use(config, device_type=accelerator.device.type, half_precision=args.bf16)
-    if is_compiled(accelerator.unwrap_model(model)):
+    compiled = is_compiled(accelerator.unwrap_model(model))
+    kernels = kernels_in_use(
+        config,
+        device_type=accelerator.device.type,
+        half_precision=args.bf16,
+        compiled=compiled,
+    )
+    if compiled:
         kernels["layers"] = "torch.compile"
     begin = "from step 0" if start_step == 0 else f"resumed at step {start_step}"
     lines = {

@@ -194,6 +194,7 @@ def write_run_facts(
                 unwrapped.config,
                 device_type=accelerator.device.type,
                 half_precision=args.bf16,
+                compiled=is_compiled(unwrapped),
             ),
             "layers": "torch.compile" if is_compiled(unwrapped) else "eager",
             "optimizer": describe_optimizer(optimizer),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mini_llm.models import check_model
 from mini_llm.models.common import delta_net
 from mini_llm.models.common.delta_net import (
     Boundaries,
@@ -220,6 +221,27 @@ def test_fp32_inputs_do_not_go_to_the_tf32_kernel():
     assert Kernels(kernel).names(half_precision=True)["delta_rule"] == "fla"
 
 
+def test_on_a_cpu_beside_a_gpu_the_pytorch_forms_are_named():
+    kernels = Kernels(_stand_in_delta_rule, _stand_in_convolution)
+    assert set(kernels.names(True, "cuda").values()) == {"fla", "causal_conv1d"}
+    assert set(kernels.names(True, "cpu").values()) == {"pytorch"}
+
+
+def test_a_kernel_package_that_is_broken_is_one_sentence_before_a_run(monkeypatch, tmp_path):
+    (tmp_path / "causal_conv1d.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    delta_net.find_kernels.cache_clear()
+    broken = r"^causal_conv1d is installed but cannot be used \(undefined symbol: _ZN3c10\)"
+    try:
+        with pytest.raises(ValueError, match=broken):
+            check_model("mini_qwen3_next_tiny")
+        check_model("mini_llama3_tiny")  # which has no use for it
+    finally:
+        delta_net.find_kernels.cache_clear()
+
+
 def test_without_a_gpu_the_pytorch_forms_are_in_use_and_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     delta_net.find_kernels.cache_clear()
@@ -229,21 +251,24 @@ def test_without_a_gpu_the_pytorch_forms_are_in_use_and_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "triton", "wrong"),
+    ("capability", "triton", "fla", "wrong"),
     [
-        ((9, 0), "3.6.0", True),  # Hopper, the triton of torch 2.11
-        ((9, 0), "3.7.0", True),
-        ((9, 0), "3.7.1", False),
-        ((9, 0), "3.3.1", False),
-        ((8, 0), "3.6.0", False),
-        ((10, 0), "3.6.0", False),
-        ((9, 0), None, False),
+        ((9, 0), "3.6.0", "0.6.0", True),  # Hopper, the triton of torch 2.11
+        ((9, 0), "3.7.0", "0.6.0", True),
+        ((9, 0), "3.7.1", "0.6.0", False),
+        ((9, 0), "3.7.1", None, False),  # a checkout of it
+        ((9, 0), "3.3.1", "0.5.2", False),
+        ((8, 0), "3.6.0", "0.5.2", False),
+        ((10, 0), "3.6.0", "0.6.0", False),
+        ((9, 0), None, "0.6.0", False),
+        ((8, 0), "3.6.0", "0.4.2", True),  # takes as many key as value heads
+        ((9, 0), "3.7.1", "0.5.1", True),
     ],
 )
 def test_fla_is_left_alone_where_its_gradients_are_wrong_and_the_banner_says_why(
-    capability, triton, wrong
+    capability, triton, fla, wrong
 ):
-    reason = why_fla_is_wrong(capability, triton)
+    reason = why_fla_is_wrong(capability, triton, fla)
     assert bool(reason) == wrong
     named = Kernels(refused=reason).names(half_precision=True)["delta_rule"]
     assert named == (f"pytorch ({reason})" if wrong else "pytorch")

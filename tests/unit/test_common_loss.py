@@ -166,3 +166,14 @@ def test_peak_memory_stays_below_a_quarter_of_full_logits(dtype):
     full = peak(linear_cross_entropy_reference)
     assert full > 2 * tokens * vocabulary * 4  # logits and their gradient: the meter works
     assert peak(linear_cross_entropy) <= 0.25 * full
+
+
+def test_without_a_compiler_the_loss_of_a_gpu_is_computed_as_it_is_written(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    for missing, count in (("a C compiler", 0), (None, 1)):
+        loss_module._loss_and_gradient_on_gpu.cache_clear()
+        monkeypatch.setattr(loss_module, "missing_for_triton", lambda missing=missing: missing)
+        assert loss_module._loss_and_gradient_on_gpu() is loss_module._loss_and_gradient
+        assert len(compiled) == count
+    loss_module._loss_and_gradient_on_gpu.cache_clear()

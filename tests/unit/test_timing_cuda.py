@@ -1,5 +1,6 @@
 """What only a CUDA GPU can show: timing and guarding a step makes the host wait for nothing."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -104,7 +105,9 @@ def test_a_step_between_logged_ones_waits_for_nothing(waiting_is_an_error):
 
 def test_a_bf16_step_under_zero_1_waits_for_nothing():
     """In a process of its own, for DeepSpeed keeps global state."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "took the steps under ZeRO-1" in done.stdout
 

@@ -136,14 +136,38 @@ def varlen_attention(
     return output.unflatten(0, (B, T))
 
 
+def why_no_varlen_kernel(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What keeps :func:`varlen_attention` from computing a model's attention there, or ""."""
+    if device.type != "cuda":
+        return "no GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "fp32"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU older than Ampere"
+    if config.attention_dropout:
+        return "attention_dropout"
+    key = value = config.head_dim
+    if hasattr(config, "qk_nope_head_dim"):  # MLA, whose values are padded to the keys' size
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        value = max(key, config.v_head_dim)
+    if key != value or key % 8 or key > 256:
+        return f"heads of {max(key, value)}"  # multiples of 8 up to 256, keys as large as values
+    return ""
+
+
 def has_varlen_kernel(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
     """Whether :func:`varlen_attention` can compute a model's attention on these inputs."""
-    return (
-        inputs_embeds.device.type == "cuda"
-        and compute_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(inputs_embeds.device) >= (8, 0)
-        and not config.attention_dropout  # the kernel has none
-    )
+    return not why_no_varlen_kernel(config, inputs_embeds.device, compute_dtype(inputs_embeds))
+
+
+def check_attention(implementation: str, device: torch.device, *, bf16: bool) -> None:
+    """Refuse, with ValueError, an ``--attn_implementation`` that cannot train on ``device``."""
+    if implementation == "flex_attention" and device.type != "cuda":
+        raise ValueError("it has no gradient on a CPU; give sdpa, or use a GPU")
+    if "flash" in implementation and device.type != "cuda":
+        raise ValueError("it needs a GPU; give sdpa")
+    if "flash" in implementation and not bf16:
+        raise ValueError("it computes in half precision alone; add --bf16 true, or give sdpa")
 
 
 def prepare_attention(

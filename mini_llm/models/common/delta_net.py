@@ -18,6 +18,7 @@ loop of steps, slow, what the others are tested against) and :func:`delta_rule_c
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from .norm import rms_normalize
 from .precision import products_like
+from .triton import missing_for_triton
 
+FLA_VERSION = "0.5.2"  # the oldest of flash-linear-attention that trains these models
 CHUNK_SIZE = 64  # tokens: the work inside a chunk grows with C, the sequential steps with T/C
 
 
@@ -354,23 +357,31 @@ class Kernels:
     device_type: str = "cuda"
     refused: str = ""  # why fla, which is installed, does not compute the delta rule
 
-    def names(self, half_precision: bool) -> dict[str, str]:
+    def names(self, half_precision: bool, device_type: str = "cuda") -> dict[str, str]:
         """What computes the delta rule and the convolution, by package, for the start banner."""
-        delta_rule = "fla" if self.delta_rule is not None and half_precision else "pytorch"
+        names = {"delta_rule": "pytorch", "short_convolution": "pytorch"}
+        if device_type != self.device_type:
+            return names
         if self.refused and half_precision:
-            delta_rule = f"pytorch ({self.refused})"
-        return {
-            "delta_rule": delta_rule,
-            "short_convolution": "pytorch" if self.convolution is None else "causal_conv1d",
-        }
+            names["delta_rule"] = f"pytorch ({self.refused})"
+        elif self.delta_rule is not None and half_precision:
+            names["delta_rule"] = "fla"
+        if self.convolution is not None:
+            names["short_convolution"] = "causal_conv1d"
+        return names
 
 
-def why_fla_is_wrong(capability: tuple[int, int], triton_version: str | None) -> str:
+def why_fla_is_wrong(
+    capability: tuple[int, int], triton_version: str | None, fla_version: str | None
+) -> str:
     """Why fla's gated delta rule must not be used on this GPU, or "".
 
-    On Hopper it computes wrong gradients with some versions of triton (fla issue 640). fla says so
-    too, but not before the first backward pass.
+    fla before 0.5 takes as many key as value heads and does not look; before 0.5.2 it refuses to
+    train on Hopper. There it computes wrong gradients with some versions of triton (fla issue 640),
+    which it says itself, but not before the first backward pass.
     """
+    if fla_version is not None and Version(fla_version) < Version(FLA_VERSION):
+        return f"fla {fla_version} is too old; it needs {FLA_VERSION} or later"
     if triton_version is None or capability[0] != 9:
         return ""
     if not Version("3.4.0") <= Version(triton_version) < Version("3.7.1"):
@@ -378,9 +389,9 @@ def why_fla_is_wrong(capability: tuple[int, int], triton_version: str | None) ->
     return f"fla is wrong on Hopper with triton {triton_version}; it needs 3.7.1 or later"
 
 
-def _triton_version() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return version("triton")
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -389,23 +400,35 @@ def _triton_version() -> str | None:
 def find_kernels() -> Kernels:
     """The kernels of ``fla`` and ``causal_conv1d``, looked for once, and only with a CUDA device.
 
-    A package that is installed but cannot be imported raises its own error.
+    Raises ValueError, in one sentence, for a package that is installed but cannot be imported.
     """
     if not torch.cuda.is_available():
         return Kernels()
     kernels = Kernels()
-    refused = why_fla_is_wrong(torch.cuda.get_device_capability(), _triton_version())
-    if find_spec("fla") is not None and refused:
+    fla = _version("flash-linear-attention") or _version("fla-core")
+    if find_spec("fla") is not None:
+        refused = why_fla_is_wrong(torch.cuda.get_device_capability(), _version("triton"), fla)
+        if not refused and (missing := missing_for_triton()) is not None:
+            refused = f"fla needs {missing}"
         kernels = replace(kernels, refused=refused)
-    elif find_spec("fla") is not None:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        kernels = replace(kernels, delta_rule=chunk_gated_delta_rule)
+        if not refused:
+            kernel = _import("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+            kernels = replace(kernels, delta_rule=kernel)
     if find_spec("causal_conv1d") is not None:
-        from causal_conv1d import causal_conv1d_fn
-
-        kernels = replace(kernels, convolution=causal_conv1d_fn)
+        kernels = replace(kernels, convolution=_import("causal_conv1d", "causal_conv1d_fn"))
     return kernels
+
+
+def _import(module: str, name: str) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, OSError) as error:
+        package = module.partition(".")[0]
+        raise ValueError(
+            f"{package} is installed but cannot be used ({error}); reinstall it for this torch, or "
+            "uninstall it"
+        ) from error
+    return found
 
 
 class Boundaries(NamedTuple):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .precision import compute_dtype, full_precision
+from .triton import missing_for_triton
 
 IGNORE_INDEX = -100
 # Logits alive at a time, of a 32k vocabulary those of 256 tokens on a CPU (its cache) and of 4,096
@@ -71,8 +72,10 @@ def _loss_and_gradient(
 
 
 @cache
-def _compiled_loss_and_gradient() -> Any:
-    return torch.compile(_loss_and_gradient)
+def _loss_and_gradient_on_gpu() -> Any:
+    """Compiled, where Triton can work; else as it is written, in more memory and time."""
+    can_compile = missing_for_triton() is None
+    return torch.compile(_loss_and_gradient) if can_compile else _loss_and_gradient
 
 
 def _loss_and_gradient_in_place(
@@ -136,7 +139,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> torch.Tensor:
         on_gpu = hidden_ND.device.type == "cuda"
-        loss_and_gradient = _compiled_loss_and_gradient() if on_gpu else _loss_and_gradient_in_place
+        loss_and_gradient = _loss_and_gradient_on_gpu() if on_gpu else _loss_and_gradient_in_place
         elements = _GPU_CHUNK_ELEMENTS if on_gpu else _CHUNK_ELEMENTS
         positions = _supervised_positions(targets_N, num_targets)
         M = len(targets_N) if positions is None else len(positions)

@@ -97,12 +97,16 @@ def model_class() -> "type[MiniQwen3NextForCausalLM]":
     return MiniQwen3NextForCausalLM
 
 
-def kernels_in_use(half_precision: bool = True) -> dict[str, str]:
+def kernels_in_use(
+    half_precision: bool = True, *, device_type: str | None = None
+) -> dict[str, str]:
     """What computes the delta rule and the short convolution here, for the start banner.
 
     ``{"delta_rule": "fla" | "pytorch", "short_convolution": "causal_conv1d" | "pytorch"}`` for a
-    run in bf16 or fp16, or in fp32 with ``half_precision=False``.
+    run in bf16 or fp16, or in fp32 with ``half_precision=False``, on a GPU where there is one or on
+    ``device_type``. Raises ValueError for a package that is installed and broken.
     """
     from ..common.delta_net import find_kernels
 
-    return find_kernels().names(half_precision)
+    kernels = find_kernels()
+    return kernels.names(half_precision, device_type or kernels.device_type)
