@@ -15,8 +15,9 @@
 
 Those of traffic are computed by a formula, those of learning are losses. The others are medians,
 with minimum and maximum, of variants that take turns: on a CPU of CPU time, which other work on the
-machine hardly touches, on a GPU of its own time; but those of recipes, which follow each other, and
-of checkpoint are by the clock. Set OMP_NUM_THREADS=1 for figures of one thread.
+machine hardly touches, on a GPU by the clock, of step by the GPU's own; but those of recipes, which
+follow each other, and of checkpoint are by the clock everywhere. Set OMP_NUM_THREADS=1 for figures
+of one thread.
 """
 
 from __future__ import annotations
@@ -85,6 +86,17 @@ def all_commands(device: str, steps: int) -> list[list[str]]:
 _DEFAULT_MODELS = {"step": "mini_llama3_tiny", "delta_net": "mini_qwen3_next"}
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """A flag's JSON object; argparse says what is none."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+json_object.__name__ = "JSON object"  # as argparse names it: invalid JSON object value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
@@ -140,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=model, help="preset (default: %(default)s)")
     for command in (of_step, of_recipes, of_checkpoint, *of_parts):
         command.add_argument(
-            "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+            "--model_overrides", type=json_object, default={}, help="fields of its config, JSON"
         )
         command.add_argument(
             "--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32"
@@ -158,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of where the documents end (default: 0)"
     )
     of_attention.add_argument(
-        "--repeats", type=int, default=10, help="timed calls, each of another batch (default: 10)"
+        "--repeats", type=int, default=20, help="timed calls, each of another batch (default: 20)"
     )
     of_data = what.add_parser("data", help="text to packed rows, and packed rows read back")
     of_data.add_argument(
@@ -172,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", default="mini_deepseekv3_tiny", help="preset (default: %(default)s)"
     )
     of_experts.add_argument(
-        "--model_overrides", type=json.loads, default={}, help="fields of its config, JSON"
+        "--model_overrides", type=json_object, default={}, help="fields of its config, JSON"
     )
     of_experts.add_argument("--experts", type=int, default=64, help="of a layer (default: 64)")
     of_experts.add_argument("--rows", type=int, default=8, help="of a rank's batch (default: 8)")
@@ -209,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     of_generation.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     of_generation.add_argument("--prompt_tokens", type=int, default=128, help="default: 128")
     of_generation.add_argument("--new_tokens", type=int, default=64, help="default: 64")
-    of_generation.add_argument("--repeats", type=int, default=5, help="timed calls (default: 5)")
+    of_generation.add_argument("--repeats", type=int, default=20, help="timed calls (default: 20)")
     of_learning = what.add_parser(
         "learning",
         help="held-out loss of the recipe and of HF Trainer with the stock class; no part of all",
@@ -411,9 +423,10 @@ def measure_all(args: argparse.Namespace) -> list[str]:
         print(f"\n{line}", flush=True)
         try:
             figures[line], table = measure(build_parser().parse_args(command))
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever ends one costs the others nothing
+            why = str(error) or type(error).__name__
             failed.append(line)
-            figures[line], table = {"failed": str(error)}, f"failed: {error}"
+            figures[line], table = {"failed": why}, f"failed: {why}"
             print(table, file=sys.stderr, flush=True)
         tables.append(f"`{line}`\n\n{table}")
         write(args, figures, "\n\n".join(tables))
@@ -439,10 +452,42 @@ def check(args: argparse.Namespace) -> None:
     for path in getattr(args, "input", None) or []:
         if not path.exists():
             raise ValueError(f"--input: {path} does not exist")
+    if args.what in ("step", "model", "attention", "checkpoint") and args.seq_len < 2:
+        raise ValueError(f"--seq_len is {args.seq_len}; one token has no next one to predict")
+    if args.json and args.markdown and args.json.resolve() == args.markdown.resolve():
+        raise ValueError(f"--json and --markdown are both {args.json}; give two files")
     for name in ("json", "markdown"):
         file: Path | None = getattr(args, name)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        if file is None:
+            continue
+        if file.is_dir() or not file.absolute().parent.is_dir():
             raise ValueError(f"--{name} {file}: give a file in a folder that exists")
+        was_there = file.exists()
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--{name} {file} cannot be written ({error.strerror})") from error
+        if not was_there:
+            file.unlink()
+    if hasattr(args, "model"):
+        check_models(args)
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """The presets with their overrides; raises ValueError with the sentence."""
+    from ..models import check_preset
+
+    overrides = getattr(args, "model_overrides", {})
+    if args.what in ("recipes", "checkpoint") and "vocab_size" in overrides:
+        raise ValueError("--model_overrides: vocab_size is that of the project's tokenizer here")
+    for model in args.model if isinstance(args.model, list) else [args.model]:
+        check_preset(model, overrides)
+    engines = getattr(args, "engine", [])
+    asked = [engines] if isinstance(engines, str) else engines
+    if "zero0" in asked and getattr(args, "precision", "fp32") == "bf16":
+        raise ValueError(
+            "--engine zero0 with --precision bf16: DeepSpeed's stage 0 refuses bf16; give zero1"
+        )
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
@@ -454,10 +499,15 @@ def main(command_line: Sequence[str] | None = None) -> None:
         if args.what == "all":
             failed = measure_all(args)
         else:
-            write(args, *measure(args))
+            figures, tables = measure(args)
+            write(args, figures, tables)
+            failed = list(figures.get("failed", [])) if args.what == "recipes" else []
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:  # it was measured, and is not to be published
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
     if failed:
         print("\nfailed:", *failed, sep="\n", file=sys.stderr)
         raise SystemExit(1)

@@ -24,6 +24,7 @@ from ..data.tokenizer import DEFAULT_TOKENIZER
 from ..device import choose_device
 from ..models import build_model
 from ..parallel import engine
+from ..parallel.compile import compile_layers
 from ..parallel.environment import prepare_environment
 from ..parallel.transfer import to_device
 from ..training.arguments import REPOSITORY
@@ -55,7 +56,9 @@ def run(
     disable_progress_bar()
     set_seed(0)
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
-    built: Any = build_model(model, vocab_size=len(tokenizer), **overrides)
+    built: Any = build_model(model, **{"vocab_size": len(tokenizer), **overrides})
+    if accelerator.device.type == "cuda":  # as the recipes do
+        compile_layers(built, accelerator.device)
     optimizer: Any = build_optimizer(
         built.to(accelerator.device),
         learning_rate=1e-4,
@@ -64,7 +67,8 @@ def run(
         epsilon=1e-8,
     )
     prepared, optimizer = accelerator.prepare(built, optimizer)
-    tokens = torch.randint(len(tokenizer), (rows, seq_len), device=accelerator.device)
+    vocab_size = built.config.vocab_size
+    tokens = torch.randint(vocab_size, (rows, seq_len), device=accelerator.device)
 
     def step() -> None:
         with engine.accumulate(prepared, last=True):

@@ -39,7 +39,8 @@ def run(
     if world_size() < 2:
         raise ValueError(
             "experts: spreading takes several processes; start it with accelerate launch "
-            "--config_file accelerate_configs/zero2.yaml --num_processes 2 -m mini_llm.bench"
+            "--config_file accelerate_configs/zero2.yaml --num_processes 2 -m mini_llm.bench "
+            "experts"
         )
     prepare_environment()
     size = world_size()
@@ -86,8 +87,8 @@ def run(
     }
     if accelerator.is_main_process:
         print(
-            f"{model} with {experts} experts, {figures['engine']}, {size} × {rows} rows of "
-            f"{seq_len} tokens, median of {repeats} steps (minimum to maximum)"
+            f"{model} with {fields[names[0]]} experts, {figures['engine']}, {size} × {rows} rows "
+            f"of {seq_len} tokens, median of {repeats} steps (minimum to maximum)"
         )
         for name in steps:
             print(

@@ -21,7 +21,7 @@ from ..data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from ..device import choose_device
 from ..inference.generator import Generator
 from ..inference.sampling import Sampling
-from ..models import build_model, load_model
+from ..models import build_model, load_model, preset_config
 from .measure import (
     device_name,
     interleaved,
@@ -57,6 +57,13 @@ def run(
         f"prompts of {prompt_tokens // 2} to {prompt_tokens} tokens, {new_tokens} new ones a row; "
         f"generate ÷ Generator, {compared}"
     )
+    for name in models:
+        positions = preset_config(name).max_position_embeddings
+        if prompt_tokens + new_tokens > positions:
+            raise ValueError(
+                f"--prompt_tokens {prompt_tokens} and --new_tokens {new_tokens} are more than the "
+                f"{positions} positions of {name}; ask for fewer"
+            )
     figures: dict[str, Any] = {}
     for name in models:
         torch.manual_seed(0)
@@ -65,11 +72,6 @@ def run(
             # Both from the file, so that their weights lie in memory alike.
             model = load_model(folder, dtype=dtype).to(place)
             stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place).eval()
-        if prompt_tokens + new_tokens > model.config.max_position_embeddings:
-            raise ValueError(
-                f"--prompt_tokens {prompt_tokens} and --new_tokens {new_tokens} are more than the "
-                f"{model.config.max_position_embeddings} positions of {name}; ask for fewer"
-            )
         for batch in batches:
             figures[f"{name} batch {batch}"] = _compare(
                 f"{name}, batch {batch}",

@@ -45,6 +45,7 @@ from ..training.arguments import REPOSITORY, PretrainArguments, parse_arguments
 from ..training.run_folder import code_version, write_json
 from ..training.sizes import count_parameters, training_flops
 from .measure import machine, markdown_table, run_to_its_end
+from .names import TINY_PRESETS
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 CONFIG = "recipes/configs/quickstart/pretrain.yaml"
@@ -143,7 +144,7 @@ def _run(models: list[str], steps: int, seeds: list[int], folder: Path) -> dict[
         }
     args = _arguments(Training("recipe", models[0], "{}", seeds[0]), folder, steps)
     found = {
-        **machine(*PACKAGES),
+        **machine(*PACKAGES, threads="1"),
         "code": sorted({result["code"] for result in results.values()}),
         "steps": steps,
         "tokens": steps * STEP_TOKENS,
@@ -169,11 +170,19 @@ def loops(model: str) -> tuple[str, ...]:
     return "recipe", "trainer"
 
 
+def _own_settings(model: str) -> dict[str, Any]:
+    """What the config file of a model's preset says of experts and multi-token prediction."""
+    config = REPOSITORY / f"recipes/configs/{model.removesuffix('_tiny')}/pretrain.yaml"
+    own = yaml.safe_load(config.read_text())
+    return {name: own[name] for name in OF_THE_MODEL if name in own}
+
+
 def _claim(folder: Path, steps: int) -> None:
     """Note what decides the runs of this folder, or refuse one that has runs of other settings."""
     settings = {
         "steps": steps,
         "config": yaml.safe_load((REPOSITORY / CONFIG).read_text()),
+        "of_the_models": {model: _own_settings(model) for model in TINY_PRESETS},
         **{package: version(package) for package in PACKAGES},
     }
     path = folder / "settings.json"
@@ -262,10 +271,6 @@ def recipe_flags(training: Training, folder: Path, steps: int) -> list[str]:
     The quickstart's config, and what the model's own sets of experts and multi-token prediction.
     """
     data = folder / "data"
-    own_config = (
-        REPOSITORY / f"recipes/configs/{training.model.removesuffix('_tiny')}/pretrain.yaml"
-    )
-    own = yaml.safe_load(own_config.read_text())
     flags = {
         "config": CONFIG,
         "output_dir": str(folder / training.folder),
@@ -280,7 +285,7 @@ def recipe_flags(training: Training, folder: Path, steps: int) -> list[str]:
         "warmup_steps": round(WARMUP_SHARE * steps),
         "global_batch_tokens": STEP_TOKENS,
         "per_device_train_batch_size": STEP_TOKENS // SEQ_LEN,
-        **{name: own[name] for name in OF_THE_MODEL if name in own},
+        **_own_settings(training.model),
         **(WITHOUT_MTP if training.by == "recipe_without_mtp" else {}),
         "eval_steps": 0,
         "save_steps": 0,

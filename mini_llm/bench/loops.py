@@ -292,7 +292,7 @@ def accelerate(job: Job, turns: Turns) -> float:
 
     from ..parallel.engine import spare_cpu_the_extension_build
 
-    stage = 1 if job.engine == "none" else int(job.engine.removeprefix("zero")[0])
+    stage = peer_stage(job.engine)
     join_as_single_process()
     if job.device == "cpu":
         spare_cpu_the_extension_build()
@@ -323,6 +323,11 @@ def accelerate(job: Job, turns: Turns) -> float:
         losses.append(step_loss)
         if not turns.step_done():
             return torch.stack(losses).mean().item()
+
+
+def peer_stage(engine: str) -> int:
+    """The ZeRO stage of stock Accelerate and DeepSpeed beside an engine of ours; no offload."""
+    return 1 if engine == "none" else int(engine.removeprefix("zero")[0])
 
 
 def trainer(job: Job, turns: Turns) -> float:
@@ -414,8 +419,10 @@ def packed_rows(job: Job) -> Iterator[dict[str, Any]]:
 
 def token_batches(job: Job) -> Iterator[torch.Tensor]:
     """The job's micro-batches (rows, T) on its device."""
+    from ..parallel.transfer import to_device
+
     for ids in _tokens(job).reshape(job.steps * job.micro_batches, job.rows, -1):
-        yield torch.from_numpy(ids.astype(np.int64)).to(job.device)
+        yield to_device(torch.from_numpy(ids.astype(np.int64)), torch.device(job.device))
 
 
 def _tokens(job: Job) -> np.ndarray:

@@ -148,12 +148,20 @@ def peak_memory(call: Callable[[], Any], device: torch.device | None = None) -> 
     return max(accumulate(allocations(call)), default=0)
 
 
-def machine(*packages: str) -> dict[str, Any]:
-    """Return what a figure depends on besides the code: cores, threads, versions."""
+def threads(device: str) -> str:
+    """OMP_NUM_THREADS of a program that this one starts: on a CPU one, if it is not given."""
+    return os.environ.get("OMP_NUM_THREADS") or ("1" if device == "cpu" else "not set")
+
+
+def machine(*packages: str, threads: str | None = None) -> dict[str, Any]:
+    """Return what a figure depends on besides the code: cores, threads, versions.
+
+    ``threads`` are those of the programs that were measured, if it was not this one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": f"{platform.machine()}, {cores} cores",
-        "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "threads": threads or os.environ.get("OMP_NUM_THREADS", "not set"),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }

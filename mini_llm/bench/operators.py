@@ -22,6 +22,8 @@ class Operators(TorchDispatchMode):
     Synchronisations are what makes the host wait, were the tensors on a GPU: reading a number,
     results whose size depends on values (boolean indexing, ``repeat_interleave`` without a size),
     and numbers that torch copies there from ordinary memory (``x[0] = 1.0``, ``where`` with one).
+    Reading a whole tensor (``tolist``, ``cpu``, ``equal``) waits too and is not counted: nothing
+    shows of a tensor on the CPU whether it would be elsewhere.
     """
 
     def __init__(self) -> None:

@@ -34,6 +34,7 @@ from .measure import (
     markdown_table,
     median_and_range,
     run_to_its_end,
+    threads,
     without_mtp,
 )
 
@@ -96,8 +97,9 @@ def run(
 ) -> dict[str, Any]:
     """Launch every model's recipes under every engine; print the table and return the figures.
 
-    Raises ValueError for rows too short for a conversation, and RuntimeError with its last words
-    where a run fails, or is not of the engine asked for.
+    A run that fails is named with its last words, and costs the others nothing. Raises ValueError
+    for rows too short for a conversation, and RuntimeError where a run is not of the engine asked
+    for, or all fail.
     """
     if seq_len < SHORTEST_ROW:
         raise ValueError(f"--seq_len is {seq_len}; it must be at least {SHORTEST_ROW}")
@@ -114,30 +116,39 @@ def run(
     ]
     intervals: dict[str, list[dict[str, Any]]] = {}
     facts: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, seq_len, max(ROWS, 2 * size.rows_per_step), recipes)
         for number, one in enumerate(runs, 1):
             place = folder / one.folder()
-            launch(one, folder, flags(one, folder, size, fields[one.model]), device)
+            try:
+                launch(one, folder, flags(one, folder, size, fields[one.model]), device)
+            except RuntimeError as error:  # no reason to lose what others have shown
+                failed[one.name()] = str(error)
+                print(f"{number} of {len(runs)}: {error}", file=sys.stderr, flush=True)
+                continue
             facts[one.name()] = checked_facts(one, place)
             now = counted(place)
             intervals.setdefault(one.name(), []).extend(now)
             rate = statistics.median(each["perf/tokens_per_second"] for each in now)
             print(f"{number} of {len(runs)}: {one.name()}: {rate:,.0f} tokens/s", flush=True)
+    if not intervals:
+        raise RuntimeError(f"every run failed; the first: {next(iter(failed.values()))}")
     figures = {
         name: {**_figures(found, size), "kernels": facts[name]["kernels"]}
         for name, found in intervals.items()
     }
     for one in runs:
-        rate = figures[one.name()]["tokens_per_second"]
         for ratio, other in (
             ("over_first", runs[0].name()),
             ("over_pretraining", one.name("pretrain")),
         ):
-            figures[one.name()][ratio] = rate / figures[other]["tokens_per_second"]
+            mine, theirs = figures.get(one.name()), figures.get(other)
+            if mine is not None:
+                mine[ratio] = theirs and mine["tokens_per_second"] / theirs["tokens_per_second"]
     found = {
-        **machine(*PACKAGES),
+        **machine(*PACKAGES, threads=threads(device)),
         "device": device_name(choose_device(device)),
         "overrides": overrides,
         "precision": precision,
@@ -147,6 +158,7 @@ def run(
         "steps": steps,
         "repeats": repeats,
         "runs": figures,
+        "failed": failed,
     }
     print(markdown(found))
     return found
@@ -187,7 +199,7 @@ def launch(one: Run, folder: Path, words: list[str], device: str) -> None:
     """Start the recipe on one process, and wait; RuntimeError with its last words if it fails."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1")
     if device == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment["OMP_NUM_THREADS"] = threads("cpu")
         environment["CUDA_VISIBLE_DEVICES"] = ""
     log = folder / f"{one.recipe}.log"
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -252,8 +264,10 @@ def markdown(found: dict[str, Any]) -> str:
             [
                 name,
                 f"{of['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})",
-                f"{of['over_first']:.3f}",
-                f"{of['over_pretraining']:.3f}",
+                *(
+                    "–" if of[ratio] is None else f"{of[ratio]:.3f}"
+                    for ratio in ("over_first", "over_pretraining")
+                ),
                 "–" if of["supervised"] is None else f"{of['supervised']:.1%}",
                 "–" if of["mfu"] is None else f"{of['mfu']:.1%}",
                 median_and_range(step),
@@ -275,6 +289,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"each; by the clock; peak memory {memory}.\n\n"
         + markdown_table(header, table)
         + "".join(f"\n\n{'; '.join(names)}: {text}." for text, names in kernels.items())
+        + "".join(f"\n\n{name} failed." for name in found["failed"])
     )
 
 

@@ -59,6 +59,8 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
         return config_class(**fields)
     except StrictDataclassError as error:
         raise ValueError(f"--model_overrides: {error.__cause__ or error}") from error
+    except ZeroDivisionError as error:
+        raise ValueError(f"--model_overrides: a size cannot be 0 ({error})") from error
 
 
 def build_model(name: str, **config_overrides: Any) -> "PreTrainedModel":
@@ -228,6 +230,17 @@ def why_not_from_hub(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def check_preset(name: str, overrides: Mapping[str, Any]) -> "PreTrainedConfig":
+    """The config of a preset and ``overrides`` that make a model. Raises ValueError for others."""
+    config = preset_config(name, **overrides)
+    _check_kernels(config.model_type)
+    try:
+        empty_model(config)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--model_overrides: {error}") from error
+    return config
+
+
 def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
     """Refuse, before anything is built, a ``--model`` that cannot train.
 
@@ -239,12 +252,7 @@ def check_model(model: str, overrides: Mapping[str, Any] | None = None) -> None:
 
     overrides = overrides or {}
     if model in list_models():
-        config = preset_config(model, **overrides)
-        _check_kernels(config.model_type)
-        try:
-            empty_model(config)
-        except ValueError as error:
-            raise ValueError(f"--model_overrides: {error}") from error
+        config = check_preset(model, overrides)
         if "full_attention" not in (getattr(config, "layer_types", None) or ["full_attention"]):
             # It would train until its first sample.
             raise ValueError(

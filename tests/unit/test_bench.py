@@ -16,9 +16,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.utils import set_seed
 
+from mini_llm import build_model
 from mini_llm.bench import __main__ as bench
-from mini_llm.bench import step
+from mini_llm.bench import attention, loops, step
 from mini_llm.bench.data import _packed
 from mini_llm.bench.loops import keep_ligers_loss_from_compile
 from mini_llm.bench.measure import allocations, interleaved, peak_memory
@@ -157,13 +159,28 @@ def test_attention_figures_are_of_equal_results_at_three_sizes(
 
 
 @pytest.mark.usefixtures("one_preset_in_fp32")
+def test_a_way_that_gives_no_numbers_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*args: Any, **how: Any) -> tuple[torch.Tensor, None]:
+        output, _ = real(*args, **how)
+        return output * (torch.nan if how.get("documents") is not None else 1), None
+
+    real = attention.attend
+    monkeypatch.setattr(attention, "attend", attend)
+    with pytest.raises(SystemExit):
+        bench.main(ATTENTION_FLAGS)
+
+
+@pytest.mark.usefixtures("one_preset_in_fp32")
 def test_a_mask_that_leaks_between_documents_is_not_measured(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     causal = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
     monkeypatch.setattr("mini_llm.bench.attention.block_diagonal_mask", lambda *_: causal)
-    with pytest.raises(RuntimeError, match="mini_llama3 attention fp32: the two ways' results"):
+    with pytest.raises(SystemExit) as end:
         bench.main(ATTENTION_FLAGS)
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mini_llama3 attention fp32: the two ways' results differ")
 
 
 def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +189,7 @@ def test_more_documents_than_tokens_is_one_sentence(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "--documents: 5 is not between 1 and --seq_len 4\n"
 
 
+STOCK = "stock Accelerate + DeepSpeed ZeRO-1, this project's class"
 STEP_FLAGS = [
     *("step", "--model_overrides", json.dumps({"num_hidden_layers": 1, "vocab_size": 64})),
     *("--rows", "2", "--seq_len", "16", "--steps", "2", "--device", "cpu"),
@@ -220,7 +238,7 @@ def test_step_in_bf16_trains_alike_under_deepspeed_and_autocast_and_waits_for_no
     engines = ["--engine", "none", "zero1", "zero2"]
     found = _step_figures(tmp_path, *engines, "--precision", "bf16", "--peers", "accelerate")
     waits = {name: of["host_syncs"] for name, of in found["loops"].items()}
-    assert waits.pop(PEERS["accelerate"]) > 0
+    assert waits.pop(STOCK.replace("ZeRO-1", "ZeRO-2")) > 0
     assert waits == {f"recipe, engine {name}": 0 for name in engines[1:]}
 
 
@@ -307,10 +325,10 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(
     # No DeepSpeed config of this name: stock Accelerate's loop ends with an error of its own.
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "/nowhere.json")
     found = _step_figures(tmp_path, "--peers", "accelerate", "bare")
-    assert list(found["failed"]) == [PEERS["accelerate"]]
+    assert list(found["failed"]) == [STOCK]
     assert list(found["loops"]) == ["recipe, engine none", PEERS["bare"]]
-    assert f"{PEERS['accelerate']} failed." in (tmp_path / "table.md").read_text()
-    assert f"{PEERS['accelerate']} is left out" in capsys.readouterr().err
+    assert f"{STOCK} failed." in (tmp_path / "table.md").read_text()
+    assert f"{STOCK} is left out" in capsys.readouterr().err
 
 
 def test_loops_that_train_differently_are_not_reported() -> None:
@@ -318,6 +336,43 @@ def test_loops_that_train_differently_are_not_reported() -> None:
     with pytest.raises(RuntimeError, match="do not train alike"):
         step._check_losses(losses, tolerance=1e-2)
     step._check_losses(losses, tolerance=3e-2)
+
+
+def test_a_loop_that_learns_nothing_has_another_loss_than_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the size of a preset's vocabulary, in the fewest steps that are measured by default."""
+    steps = step.WARMUP_STEPS + 20
+    set_seed(0)
+    build_model("mini_llama3_tiny", num_hidden_layers=1).save_pretrained(tmp_path / loops.WEIGHTS)
+    np.save(tmp_path / loops.TOKENS, step.made_up_rows(32_004, steps, 64))
+    job = loops.Job(str(tmp_path), "bare", "none", False, False, 1, 1, steps, "cpu")
+
+    class Steps:
+        def __init__(self) -> None:
+            self.left = steps
+
+        def start(self) -> None: ...
+
+        def step_done(self) -> bool:
+            self.left -= 1
+            return self.left > 0
+
+    turns: Any = Steps
+    learnt = loops.bare(job, turns())
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    figures = {"a": {"mean_loss": learnt}, "b": {"mean_loss": loops.bare(job, turns())}}
+    for tolerance in step.TOLERANCE.values():
+        with pytest.raises(RuntimeError, match="do not train alike"):
+            step._check_losses(figures, tolerance)
+
+
+def test_rows_are_as_unequal_as_words_and_within_the_vocabulary() -> None:
+    ids = step.made_up_rows(1000, 100, 100)
+    assert ids.min() == 0 and ids.max() == 999
+    shares = np.bincount(ids.ravel(), minlength=1000) / ids.size
+    assert shares[0] == pytest.approx(np.log(2) / np.log(1001), rel=0.1)
+    assert shares[:10].sum() > 10 * shares[500:].sum() / 10
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_in_one_sentence(
@@ -435,6 +490,18 @@ def test_all_writes_the_figures_of_each_of_its_commands(
         (["traffic", "--markdown", "."], "--markdown .: give a file in a folder that exists"),
         (["all", "--input", "no/such/folder"], "--input: no/such/folder does not exist"),
         (["all", "--only", "data"], "--only data: give --input, the text to measure it on"),
+        (["traffic", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written ("),
+        (["traffic", "--json", "x", "--markdown", "./x"], "--json and --markdown are both x; give"),
+        (["step", "--seq_len", "1"], "--seq_len is 1; one token has no next one to predict"),
+        (["step", "--model", "nope"], "--model: no preset is named 'nope'; choose one of"),
+        (["generation", "--model", "mini_llama3", "nope"], "--model: no preset is named 'nope'"),
+        (
+            ["loss", "--model", "mini_llama3", "--model_overrides", '{"num_attention_heads": 0}'],
+            "--model_overrides: a size cannot be 0",
+        ),
+        (["recipes", "--model_overrides", '{"vocab_size": 9}'], "--model_overrides: vocab_size is"),
+        (["step", "--engine", "none", "zero0", "--precision", "bf16"], "--engine zero0 with --pre"),
+        (["checkpoint", "--engine", "zero0", "--precision", "bf16"], "--engine zero0 with --preci"),
         *(
             []
             if torch.cuda.is_available()

@@ -71,6 +71,38 @@ def test_a_launch_that_fails_says_its_last_words(tmp_path: Path) -> None:
         )
 
 
+def test_a_launch_that_fails_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launch(one: Run, folder: Path, words: list[str], device: str) -> None:
+        if one.engine == "zero2":
+            raise RuntimeError("its last words")
+        place = folder / one.folder()
+        place.mkdir(parents=True)
+        stage = None if one.engine == "none" else int(one.engine[-1])
+        facts = {"recipe": one.recipe, "world_size": 1, "zero_stage": stage, "kernels": {}}
+        (place / "run.json").write_text(json.dumps(facts))
+        parts = ("step", "data", "forward", "backward", "optimizer")
+        seconds = {f"perf/{part}_seconds": 0.5 for part in parts}
+        rates = {"perf/tokens_per_second": 100.0, "perf/mfu": None, "perf/peak_memory_bytes": 1}
+        line = {"step": 20, "train/tokens": 1, **seconds, **rates}
+        (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(recipes, "launch", launch)
+    monkeypatch.setattr(recipes, "write_data", lambda *_: None)
+    written = tmp_path / "figures.json"
+    command = ["recipes", "--model", "mini_llama3_tiny", "--without_sft", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        bench.main([*command, "--engine", "zero1", "zero2", "none", "--json", str(written)])
+    assert end.value.code == 1
+    found = json.loads(written.read_text())
+    of = "mini_llama3_tiny pretrain, engine"
+    assert list(found["runs"]) == [f"{of} zero1", f"{of} none"]
+    assert found["failed"] == {f"{of} zero2": "its last words"}
+    said = capsys.readouterr()
+    assert f"{of} zero2 failed." in said.out and said.err.endswith(f"failed:\n{of} zero2\n")
+
+
 @pytest.mark.slow
 def test_pretraining_and_fine_tuning_are_launched_under_each_engine_and_their_rates_compared(
     tmp_path: Path,
