@@ -139,14 +139,23 @@ require_disk() { # require_disk GB WHAT: stop unless the disk of the environment
 gpus_seen() { # one line "name, driver version" per NVIDIA GPU that may be used; nothing without one
   [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" && "${CUDA_VISIBLE_DEVICES-unset}" != "-1" ]] || return 0
   command -v nvidia-smi >/dev/null || return 0
-  local answer status=0
-  answer="$(timeout 60 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)" ||
-    status=$?
-  case $status in
-    0) echo "$answer" ;;
-    124) note "nvidia-smi is installed but did not answer within 60 s: the driver or a GPU hangs" ;;
-    *) note "nvidia-smi is installed but finds no working GPU or driver: ${answer%%$'\n'*}" ;;
-  esac
+  local answer process tries status=0
+  answer="$(mktemp)"
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$answer" 2>&1 &
+  process=$!
+  for ((tries = 0; tries < 600; tries++)); do
+    kill -0 "$process" 2>/dev/null || break
+    sleep 0.1
+  done
+  if kill -0 "$process" 2>/dev/null; then # not waited for: what hangs in the driver cannot be ended
+    kill -KILL "$process"
+    note "nvidia-smi is installed but did not answer within 60 s: the driver or a GPU hangs"
+  elif wait "$process" || status=$?; ((status == 0)); then
+    cat "$answer"
+  else
+    note "nvidia-smi is installed but finds no working GPU or driver: $(head -n 1 "$answer")"
+  fi
+  rm -f "$answer"
 }
 
 installed_torch() { # installed_torch __version__|cuda: of the environment's torch; empty without one

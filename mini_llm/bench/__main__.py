@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 from mini_llm.command_line import Parser
 from mini_llm.parallel.environment import end_process, is_in_process_group
 
-from .names import ENGINES, PARTS, PEERS, PRESETS, TINY_PRESETS
+from .names import ENGINES, PARTS, PEERS, PRESETS, TINY_PRESETS, BenchmarkError
 
 # Flags that count something, of whichever command has them.
 COUNTS = (
@@ -417,12 +417,15 @@ def measure_all(args: argparse.Namespace) -> list[str]:
         if "data" in args.only and not args.input:
             raise ValueError("--only data: give --input, the text to measure it on")
     figures: dict[str, Any] = {}
-    tables, failed = [], []
+    tables: list[str] = []
+    failed: list[str] = []
     for command in commands:
         line = " ".join(["python -m mini_llm.bench", *command])
         print(f"\n{line}", flush=True)
         try:
             figures[line], table = measure(build_parser().parse_args(command))
+            launches = launches_that_failed(command[0], figures[line])
+            failed += [f"{line}: {launch}" for launch in launches]
         except Exception as error:  # whatever ends one costs the others nothing
             why = str(error) or type(error).__name__
             failed.append(line)
@@ -431,6 +434,11 @@ def measure_all(args: argparse.Namespace) -> list[str]:
         tables.append(f"`{line}`\n\n{table}")
         write(args, figures, "\n\n".join(tables))
     return failed
+
+
+def launches_that_failed(what: str, figures: dict[str, Any]) -> list[str]:
+    """Of the recipes, by name; that others' loops cannot run here is a result."""
+    return list(figures["failed"]) if what == "recipes" else []
 
 
 def write(args: argparse.Namespace, figures: dict[str, Any], tables: str) -> None:
@@ -468,7 +476,7 @@ def check(args: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(f"--{name} {file} cannot be written ({error.strerror})") from error
         if not was_there:
-            file.unlink()
+            file.unlink(missing_ok=True)  # another rank may have been faster
     if hasattr(args, "model"):
         check_models(args)
 
@@ -477,7 +485,8 @@ def check_models(args: argparse.Namespace) -> None:
     """The presets with their overrides; raises ValueError with the sentence."""
     from ..models import check_preset
 
-    overrides = getattr(args, "model_overrides", {})
+    # Those of experts are of a model with as many as --experts says.
+    overrides = {} if args.what == "experts" else getattr(args, "model_overrides", {})
     if args.what in ("recipes", "checkpoint") and "vocab_size" in overrides:
         raise ValueError("--model_overrides: vocab_size is that of the project's tokenizer here")
     for model in args.model if isinstance(args.model, list) else [args.model]:
@@ -501,11 +510,11 @@ def main(command_line: Sequence[str] | None = None) -> None:
         else:
             figures, tables = measure(args)
             write(args, figures, tables)
-            failed = list(figures.get("failed", [])) if args.what == "recipes" else []
+            failed = launches_that_failed(args.what, figures)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:  # it was measured, and is not to be published
+    except BenchmarkError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
     if failed:
@@ -522,6 +531,8 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, leave)
+    if getattr(build_parser().parse_args(), "device", None) == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks for a GPU
     try:
         main()
     except SystemExit as ended:

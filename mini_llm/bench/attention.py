@@ -38,6 +38,7 @@ from .measure import (
     median_and_range,
     peak_memory,
 )
+from .names import BenchmarkError
 
 # sdpa under another name. The models have a per-document path for "sdpa" only: under this name they
 # build a block-diagonal mask, as for every implementation that they do not know.
@@ -280,7 +281,7 @@ def _compare(
     call, ways = comparison.call, {"packed": comparison.packed, "dense": comparison.dense}
     packed, dense = (call(**how(batches[0])).float() for how in ways.values())
     if not (packed - dense).abs().max() <= TOLERANCE[dtype] * dense.abs().max():
-        raise RuntimeError(f"{name}: the two ways' results differ: a mistake of this program")
+        raise BenchmarkError(f"{name}: the two ways' results differ: a mistake of this program")
 
     def in_turn(how: Callable[[Documents], dict[str, Any]]) -> Callable[[], torch.Tensor]:
         arguments = cycle([how(batch) for batch in batches])

@@ -7,7 +7,6 @@ for is the disk.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from ..data.tokenizer import DEFAULT_TOKENIZER
 from ..device import choose_device
 from ..models import build_model
 from ..parallel import engine
-from ..parallel.compile import compile_layers
+from ..parallel.compile import compile_layers, wants_compile
 from ..parallel.environment import prepare_environment
 from ..parallel.transfer import to_device
 from ..training.arguments import REPOSITORY
@@ -48,16 +47,21 @@ def run(
 
     Prints the table and returns the figures. Raises ValueError for a device that cannot compute.
     """
-    if choose_device(device).type == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the engine takes a GPU where it sees one
+    asked = choose_device(device)
     prepare_environment()
     config = "none" if engine_name == "none" else str(REPOSITORY / f"ds_configs/{engine_name}.json")
     accelerator = engine.build_accelerator(config, micro_batch_size=rows, bf16=precision == "bf16")
+    if accelerator.device.type != asked.type:
+        raise ValueError(
+            f"--device {device}: the engine sees {accelerator.device} and takes it; hide it with "
+            "CUDA_VISIBLE_DEVICES="
+        )
     disable_progress_bar()
     set_seed(0)
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
-    built: Any = build_model(model, **{"vocab_size": len(tokenizer), **overrides})
-    if accelerator.device.type == "cuda":  # as the recipes do
+    built: Any = build_model(model, vocab_size=len(tokenizer), **overrides)
+    stage = engine.asked_zero_stage(accelerator)
+    if wants_compile(None, accelerator.device, zero_stage=stage, expert_parallel_size=1):
         compile_layers(built, accelerator.device)
     optimizer: Any = build_optimizer(
         built.to(accelerator.device),

@@ -24,6 +24,7 @@ from ..data.stream import open_stream
 from ..data.text_files import Document, find_text_files, read_documents
 from ..data.tokenizer import END_OF_TEXT_ID, encode_function, text_encoder, tokenizer_fingerprint
 from .measure import interleaved, machine, markdown_table, median_and_range
+from .names import BenchmarkError
 
 STREAM_TOKENS = 16 << 20
 ROWS_PER_STEP = 256
@@ -56,7 +57,7 @@ def run(inputs: list[Path], tokenizer: Path, seq_len: int, repeats: int) -> dict
 
     packed = tokenise_and_pack()
     if not np.array_equal(packed.input_ids, with_encode_batch().input_ids):
-        raise RuntimeError("the two ways to tokenise give other ids: a mistake of this program")
+        raise BenchmarkError("the two ways to tokenise give other ids: a mistake of this program")
     ways = {"ours": tokenise_and_pack, "encode_batch": with_encode_batch}
     seconds = {way: of["cpu"] for way, of in interleaved(ways, repeats).items()}
     tokens = packed.stats.tokens

@@ -24,6 +24,7 @@ from ..parallel.environment import prepare_environment, rank, world_size
 from ..parallel.expert_parallel import find_wire, spread_experts
 from ..training.optimizer import build_optimizer
 from .measure import machine, markdown_table, median_and_range
+from .names import BenchmarkError
 
 VOCABULARY = 320
 EXPERT_COUNTS = ("n_routed_experts", "num_experts")  # what configs call it
@@ -71,7 +72,7 @@ def run(
                 cpu[name].append(most[1].item())
     for ours, theirs in zip(losses["spread"], losses["whole"], strict=True):
         if abs(ours - theirs) > 1e-4 * theirs:
-            raise RuntimeError(f"the two train differently: losses {losses}")
+            raise BenchmarkError(f"the two train differently: losses {losses}")
     figures = {
         **machine("torch", "deepspeed", "accelerate"),
         "engine": f"{engine.describe(accelerator, accelerator._models[0])}",

@@ -29,6 +29,7 @@ from .measure import (
     markdown_table,
     median_and_range,
 )
+from .names import BenchmarkError
 
 
 def run(
@@ -153,7 +154,7 @@ def _compare(
     for theirs in others if device.type == "cpu" else ():
         for prompt, mine, yours in zip(prompts, ours, theirs, strict=True):
             if mine != yours and not _parts_at_a_tie(generator.model, prompt, mine, yours):
-                raise RuntimeError(f"{name}: the three differ: a mistake of this program")
+                raise BenchmarkError(f"{name}: the three differ: a mistake of this program")
     compared = "cpu" if device.type == "cpu" else "clock"
     times = interleaved(variants, repeats, device)
     seconds = {name: of[compared] for name, of in times.items()}

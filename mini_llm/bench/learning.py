@@ -45,7 +45,7 @@ from ..training.arguments import REPOSITORY, PretrainArguments, parse_arguments
 from ..training.run_folder import code_version, write_json
 from ..training.sizes import count_parameters, training_flops
 from .measure import machine, markdown_table, run_to_its_end
-from .names import TINY_PRESETS
+from .names import TINY_PRESETS, BenchmarkError
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 CONFIG = "recipes/configs/quickstart/pretrain.yaml"
@@ -329,7 +329,7 @@ def _train_and_evaluate(
     )
     command, log = _command(training, folder, steps), place / "log.txt"
     if run_to_its_end(command, log=log, environment=environment):
-        raise RuntimeError(f"{place} failed:\n{log.read_text()[-3000:]}")
+        raise BenchmarkError(f"{place} failed:\n{log.read_text()[-3000:]}")
     found = {"seed": training.seed, "first_training_loss": _first_training_loss(place)}
     found |= held_out_loss(place / "final", _arguments(training, folder, steps))
     found["code"] = code_version()
@@ -366,7 +366,7 @@ def held_out_loss(checkpoint: Path, args: PretrainArguments) -> dict[str, Any]:
     )
     set_verbosity(told)
     if loaded["missing_keys"]:
-        raise RuntimeError(f"{checkpoint} lacks {sorted(loaded['missing_keys'])}")
+        raise BenchmarkError(f"{checkpoint} lacks {sorted(loaded['missing_keys'])}")
     model.eval()
     held_out = open_validation(args.data, seq_len=args.seq_len, tokenizer=args.tokenizer)
     evaluated = evaluate_held_out(

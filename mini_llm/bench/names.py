@@ -1,4 +1,4 @@
-"""Names on the command line of the benchmark, apart so that --help need not wait for torch."""
+"""What the benchmark's command line knows, apart so that --help need not wait for torch."""
 
 PRESETS = ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"]
 TINY_PRESETS = [f"{preset}_tiny" for preset in PRESETS]
@@ -21,3 +21,7 @@ PARTS = {
     "optimizer": "AdamW's update, fused and by single operations",
     "model": "forward and backward of a whole model, and of transformers' class",
 }
+
+
+class BenchmarkError(RuntimeError):
+    """What was measured cannot stand in a table: it failed, or compared things that differ."""

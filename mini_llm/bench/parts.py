@@ -45,6 +45,7 @@ from .measure import (
     peak_memory,
     without_mtp,
 )
+from .names import BenchmarkError
 from .operators import Operators
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -273,7 +274,9 @@ def run(
     for name, result in results.items():
         difference = (result - results[OURS]).abs().max() / results[OURS].abs().max()
         if not difference <= TOLERANCE[precision]:
-            raise RuntimeError(f"{part}: ours and {name} differ by {difference:.1e} of the largest")
+            raise BenchmarkError(
+                f"{part}: ours and {name} differ by {difference:.1e} of the largest"
+            )
     seconds = interleaved(forms, repeats, shape.device)
     compared = "clock" if shape.device.type == "cuda" else "cpu"
     figures: dict[str, Any] = {}

@@ -37,6 +37,7 @@ from .measure import (
     threads,
     without_mtp,
 )
+from .names import BenchmarkError
 
 LOGGING_STEPS = 10  # as every full-size preset's config has it
 WARMUP_STEPS = LOGGING_STEPS  # torch.compile, caches; an interval ends with them
@@ -134,7 +135,7 @@ def run(
             rate = statistics.median(each["perf/tokens_per_second"] for each in now)
             print(f"{number} of {len(runs)}: {one.name()}: {rate:,.0f} tokens/s", flush=True)
     if not intervals:
-        raise RuntimeError(f"every run failed; the first: {next(iter(failed.values()))}")
+        raise BenchmarkError(f"every run failed; the first: {next(iter(failed.values()))}")
     figures = {
         name: {**_figures(found, size), "kernels": facts[name]["kernels"]}
         for name, found in intervals.items()
@@ -206,7 +207,7 @@ def launch(one: Run, folder: Path, words: list[str], device: str) -> None:
     command += ["--config_file", str(REPOSITORY / "accelerate_configs/single.yaml")]
     command += [str(REPOSITORY / f"recipes/{one.recipe}.py"), *words]
     if run_to_its_end(command, log=log, environment=environment):
-        raise RuntimeError(f"{one} failed:\n{log.read_text()[-3000:]}")
+        raise BenchmarkError(f"{one} failed:\n{log.read_text()[-3000:]}")
 
 
 def checked_facts(one: Run, place: Path) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def checked_facts(one: Run, place: Path) -> dict[str, Any]:
     stage = None if one.engine == "none" else int(one.engine.removeprefix("zero")[0])
     found = (facts["recipe"], facts["world_size"], facts["zero_stage"])
     if found != (one.recipe, 1, stage):
-        raise RuntimeError(f"{one} was asked for, and recipe, ranks and ZeRO stage were {found}")
+        raise BenchmarkError(f"{one} was asked for, and recipe, ranks and ZeRO stage were {found}")
     return facts
 
 
@@ -345,4 +346,4 @@ def _tool(name: str, *words: Any) -> None:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        raise BenchmarkError(f"{name} failed:\n{(done.stdout + done.stderr)[-3000:]}")

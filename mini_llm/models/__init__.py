@@ -236,8 +236,11 @@ def check_preset(name: str, overrides: Mapping[str, Any]) -> "PreTrainedConfig":
     _check_kernels(config.model_type)
     try:
         empty_model(config)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise ValueError(f"--model_overrides: {error}") from error
+    except (RuntimeError, KeyError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--model_overrides make no model ({why})") from error
     return config
 
 

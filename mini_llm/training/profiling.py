@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mini_llm.parallel.environment import rank
-from mini_llm.parallel.watchdog import beat
+from mini_llm.parallel.watchdog import beat, where_peer_was_missed
 
 from .arguments import profiled_steps
 
@@ -51,7 +51,8 @@ class StepProfiler:
         self._profile: Any = None
         self._recorded = (0, 0)  # the first step, and the last that has begun
         self._is_done = steps is None
-        if steps and (self.last <= start_step or self.first > last_step):
+        is_outside = self.last <= start_step or self.first > last_step
+        if steps and is_outside and start_step < last_step:
             _say(
                 f"--profile_steps {steps}: nothing is profiled, for the run goes from step "
                 f"{start_step + 1} to {last_step}"
@@ -79,6 +80,9 @@ class StepProfiler:
         if self._profile is None:
             return
         beat("writing the profile")
+        self._write()
+
+    def _write(self) -> None:
         profile, self._profile, self._is_done = self._profile, None, True
         sys.excepthook = self._report_failure
         profile.__exit__(None, None, None)
@@ -87,7 +91,9 @@ class StepProfiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_trace(profile, self.folder / "trace.json.gz")
             if self.on_gpu:
-                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+                snapshot = self.folder / "memory.pickle"
+                torch.cuda.memory._dump_snapshot(f"{snapshot}.part")
+                Path(f"{snapshot}.part").replace(snapshot)
                 what = "trace and memory snapshot"
         except OSError as error:
             print(f"the profile could not be written to {self.folder}: {error}", flush=True)
@@ -112,13 +118,20 @@ class StepProfiler:
         self._report_failure = sys.excepthook
         sys.excepthook = self._write_and_report
 
-    def _write_and_report(self, *failure: Any) -> None:
+    def _write_and_report(self, kind: Any, error: BaseException, where: Any) -> None:
+        """Say what has failed, write what was recorded, then let it be reported.
+
+        No beat here: other ranks make none at this place. Nor does a rank write that only misses
+        another one: it is to say whom, and has seconds to do it.
+        """
         report = self._report_failure
-        try:
-            self.close()
-        except Exception as error:  # of a broken device, say: what it comes from is reported next
-            print(f"the profile could not be written to {self.folder}: {error}", flush=True)
-        report(*failure)
+        if where_peer_was_missed(error) is None:
+            print(f"{kind.__name__}: {error}; writing the profile first", flush=True)
+            try:
+                self._write()
+            except Exception as second:  # of a broken device, say
+                print(f"the profile could not be written to {self.folder}: {second}", flush=True)
+        report(kind, error, where)
 
 
 def _write_trace(profile: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mini_llm import build_model
-from mini_llm.bench.attention import DENSE, position_ids, random_row
+from mini_llm.bench.attention import DENSE, position_ids, random_batch
 from mini_llm.bench.measure import allocations
 from mini_llm.models.common.documents import Documents
 
@@ -47,7 +47,7 @@ def _training_pass(preset: str, implementation: str, bf16: bool) -> Callable[[],
     torch.manual_seed(0)
     model = build_model(preset, vocab_size=160).train()
     model.set_attn_implementation(implementation)
-    documents, padding = random_row(T - 40, 10), 40
+    documents, padding = random_batch(1, T - 40, 10), 40
     row = Documents((*documents.lengths, *[1] * padding))
     tokens = torch.randint(160, (1, T))
     labels = tokens.clone()
@@ -55,7 +55,7 @@ def _training_pass(preset: str, implementation: str, bf16: bool) -> Callable[[],
 
     def training_pass() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = model(input_ids=tokens, position_ids=position_ids(row), labels=labels)
+            out = model(input_ids=tokens, position_ids=position_ids(row, 1), labels=labels)
         losses = [out.loss, getattr(out, "mtp_loss", None), getattr(out, "balance_loss", None)]
         sum(loss for loss in losses if loss is not None).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

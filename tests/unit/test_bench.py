@@ -372,7 +372,7 @@ def test_rows_are_as_unequal_as_words_and_within_the_vocabulary() -> None:
     assert ids.min() == 0 and ids.max() == 999
     shares = np.bincount(ids.ravel(), minlength=1000) / ids.size
     assert shares[0] == pytest.approx(np.log(2) / np.log(1001), rel=0.1)
-    assert shares[:10].sum() > 10 * shares[500:].sum() / 10
+    assert shares[:10].mean() > 10 * shares[500:].mean()
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_in_one_sentence(
@@ -565,3 +565,11 @@ def test_tokens_that_differ_are_told_from_a_tie() -> None:
         assert not _parts_at_a_tie(model, [1, 2], [first, 5], [last, 5])
         model.lm_head.weight[first] = model.lm_head.weight[last]
     assert _parts_at_a_tie(model, [1, 2], [first, 5], [last, 6])
+
+
+def test_all_fails_where_a_launch_of_the_recipes_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "all_commands", lambda *_: [["recipes", "--without_sft"]])
+    monkeypatch.setattr(bench, "measure", lambda args: ({"failed": {"x, engine zero2": ""}}, ""))
+    with pytest.raises(SystemExit) as end:
+        bench.main(["all", "--device", "cpu"])
+    assert end.value.code == 1

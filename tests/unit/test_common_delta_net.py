@@ -1,5 +1,7 @@
 """The gated delta rule and its convolution: every form against the token-by-token one."""
 
+import sys
+
 import pytest
 import torch
 
@@ -230,6 +232,8 @@ def test_on_a_cpu_beside_a_gpu_the_pytorch_forms_are_named():
 def test_a_kernel_package_that_is_broken_is_one_sentence_before_a_run(monkeypatch, tmp_path):
     (tmp_path / "causal_conv1d.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    monkeypatch.setattr(delta_net, "find_spec", lambda name: name == "causal_conv1d" or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     delta_net.find_kernels.cache_clear()

@@ -97,7 +97,7 @@ def test_a_full_temporary_folder_costs_no_trace(
 
 
 def test_a_run_that_fails_while_it_is_profiled_leaves_the_trace_and_its_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reported: list[Any] = []
     monkeypatch.setattr(sys, "excepthook", lambda *failure: reported.append(failure))
@@ -107,3 +107,18 @@ def test_a_run_that_fails_while_it_is_profiled_leaves_the_trace_and_its_error(
     sys.excepthook(RuntimeError, error, None)
     assert reported == [(RuntimeError, error, None)] and sys.excepthook is before
     assert products(tmp_path) == 2
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "RuntimeError: out of memory; writing the profile first"
+
+
+def test_a_rank_that_only_misses_another_one_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *failure: reported.append(failure))
+    monkeypatch.setattr("mini_llm.training.profiling.where_peer_was_missed", lambda error: ())
+    recording = profiler(tmp_path)
+    take(recording, 1, 2)
+    sys.excepthook(RuntimeError, RuntimeError("Connection closed by peer"), None)
+    assert len(reported) == 1 and not (tmp_path / "profile").exists()
+    recording.close()  # torch's profiler must not outlive the test
