@@ -231,7 +231,8 @@ class Loop:
                 env=environment,
             )
         # Counting takes a compiled function apart; on a GPU the loss of our class is one.
-        self.countable = job.device == "cpu" and not job.compiled
+        compiled = job.compiled or job.loop in ("trainer_compile", "trainer_fast")
+        self.countable = job.device == "cpu" and not compiled
         self.seconds: dict[str, list[float]] = {"clock": [], "cpu": []}
         self.counted: dict[str, Any] = {"operators": None, "host_syncs": None}
         self.end: dict[str, Any] = {}
