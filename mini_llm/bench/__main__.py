@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -427,6 +428,8 @@ def measure_all(args: argparse.Namespace) -> list[str]:
             launches = launches_that_failed(command[0], figures[line])
             failed += [f"{line}: {launch}" for launch in launches]
         except Exception as error:  # whatever ends one costs the others nothing
+            if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                traceback.print_exc()  # a mistake of this program: where it is
             why = str(error) or type(error).__name__
             failed.append(line)
             figures[line], table = {"failed": why}, f"failed: {why}"
